@@ -1,0 +1,64 @@
+# Everything happens in .venv of this checkout. Paths are relative, so the checkout may lie anywhere.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH := 2.13.0
+
+# Wheels built ahead spare compiling where they lie beside the checkout.
+export PIP_FIND_LINKS := $(strip $(PIP_FIND_LINKS) $(wildcard ../shared/wheels))
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export MAX_JOBS ?= 2
+# ninja and cmake of the virtual environment, for packages that compile.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: setup demo test test-all lint clean
+
+setup: $(VENV)/.complete
+
+# A comma that does not separate arguments.
+, := ,
+
+# $(call step,what,command,what to do if it fails)
+define step
+	@echo "== $(1)"
+	@$(2) || { echo "Set-up failed at: $(1). $(3) Then run 'make setup' again." >&2; exit 1; }
+endef
+INSTALL := $(RUN) -m pip install --progress-bar on
+
+$(VENV)/.complete: setup.py Makefile
+	$(call step,1/5 virtual environment in $(VENV),\
+	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 11)' \
+	  && $(PYTHON) -m venv --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(RUN) install --quiet pip,\
+	  Python 3.11 with pip is needed; name another with PYTHON=....)
+	$(call step,2/5 torch $(TORCH),\
+	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) torch===$(TORCH); \
+	  else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || $(INSTALL) torch==$(TORCH); fi,\
+	  Check the network and free disk space.)
+	$(call step,3/5 build helpers,\
+	  $(INSTALL) "setuptools<81" wheel setuptools_scm vcs_versioning cmake ninja numpy,\
+	  Check the network.)
+	$(call step,4/5 torch_scatter torch_sparse openmesh (without wheels they compile: some 15 minutes),\
+	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
+	  A C++ compiler and the headers of Python are needed.)
+	$(call step,5/5 pyg_attnpool with its extras,\
+	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)dev]",\
+	  Check the network.)
+	@touch $@
+
+demo: setup
+	$(RUN) examples/coma.py --output runs/demo --resume
+
+test: setup
+	$(RUN) -m pytest -m "not slow"
+
+test-all: setup
+	$(RUN) -m pytest
+
+lint: setup
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info

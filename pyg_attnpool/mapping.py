@@ -1,0 +1,248 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyg_attnpool.ops.gather import apply_mapping, fuse_slots
+
+
+class Mapping:
+    r"""A sparse matrix that takes features of :obj:`num_source` vertices to :obj:`num_target`
+    vertices, with the same number of slots :math:`k` in every row:
+
+    .. math::
+        \mathbf{y}_i = \sum_{j=1}^{k} \textrm{weight}_{ij} \, \mathbf{x}_{\textrm{index}_{ij}}
+
+    Quadric error metric (QEM) down-sampling has one slot, barycentric up-sampling three, attention
+    :math:`k`. An unused slot has weight zero. A source vertex may stand in several slots of a row;
+    their weights add.
+
+    Args:
+        index (torch.Tensor): The source vertex of every slot :obj:`[num_target, k]` (long).
+        weight (torch.Tensor): The weight of every slot :obj:`[num_target, k]`.
+        num_source (int): The number of source vertices.
+
+    Raises:
+        TypeError: If :obj:`index` is not integral or :obj:`weight` not floating point.
+        ValueError: If the shapes differ, an index is out of range or a weight is not finite.
+    """
+
+    def __init__(self, index: Tensor, weight: Tensor, num_source: int):
+        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+            raise TypeError(f"Expected 'index' to be a long tensor (got {got})")
+        if not isinstance(weight, Tensor) or not weight.is_floating_point():
+            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"Expected 'weight' to be a floating point tensor (got {got})")
+        if index.dim() != 2 or index.shape != weight.shape:
+            raise ValueError(
+                f"Expected 'index' and 'weight' of one shape [num_target, k] "
+                f"(got {list(index.shape)} and {list(weight.shape)})"
+            )
+        if index.device != weight.device:
+            raise ValueError(
+                f"Expected 'index' and 'weight' on one device "
+                f"(got {index.device} and {weight.device})"
+            )
+        if num_source < 1 or index.numel() == 0:
+            raise ValueError(
+                f"Expected at least one source vertex, target vertex and slot "
+                f"(got num_source={num_source} and 'index' of shape {list(index.shape)})"
+            )
+        low, high = index.min().item(), index.max().item()
+        if low < 0 or high >= num_source:
+            raise ValueError(
+                f"Expected source vertices from 0 to {num_source - 1} (got {low} to {high})"
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError("Expected finite weights (got NaN or infinity)")
+
+        self.index = index.long()
+        self.weight = weight
+        self.num_source = int(num_source)
+
+    @property
+    def num_target(self) -> int:
+        r"""The number of target vertices."""
+        return self.index.size(0)
+
+    @property
+    def k(self) -> int:
+        r"""The number of slots per row."""
+        return self.index.size(1)
+
+    @property
+    def nnz(self) -> int:
+        r"""The number of entries that a conversion stores."""
+        return self._entries()[0].numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> Mapping:
+        r"""Moves or casts as :meth:`torch.Tensor.to` does; the indices stay long."""
+        weight = self.weight.to(*args, **kwargs)
+        return Mapping(self.index.to(weight.device), weight, self.num_source)
+
+    def detach(self) -> Mapping:
+        r"""The same mapping without gradients."""
+        return Mapping(self.index, self.weight.detach(), self.num_source)
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        r"""Maps features :obj:`[num_source, F]` or :obj:`[B, num_source, F]`."""
+        if x.dim() not in (2, 3) or x.size(-2) != self.num_source:
+            raise ValueError(
+                f"Expected features of shape [{self.num_source}, F] or [B, {self.num_source}, F] "
+                f"(got {list(x.shape)})"
+            )
+        return apply_mapping(self.index, self.weight, x, self.num_source)
+
+    def fuse(self, other: Mapping, alpha: float | Tensor) -> Mapping:
+        r"""The mixture :math:`\alpha \cdot \textrm{self} + (1 - \alpha) \cdot \textrm{other}`
+        (equation (7) of the paper, with attention as :obj:`self` and the prior as :obj:`other`).
+
+        Args:
+            other (Mapping): A mapping between the same vertices.
+            alpha (float or torch.Tensor): The share of this mapping; may carry gradients.
+        """
+        if (self.num_target, self.num_source) != (other.num_target, other.num_source):
+            raise ValueError(
+                f"Expected a mapping from {self.num_source} to {self.num_target} vertices "
+                f"(got {other.num_source} to {other.num_target})"
+            )
+        index, weight = fuse_slots(self.index, self.weight, other.index, other.weight, alpha)
+        return Mapping(index, weight, self.num_source)
+
+    # Conversions #####################################################################
+
+    def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
+        # Distinct entries sorted by row and column: other formats assume that no entry repeats.
+        # A zero is dropped only where no gradient can make it something else.
+        flat = torch.arange(self.num_target, device=self.device).unsqueeze(1) * self.num_source
+        flat = (flat + self.index).flatten()
+        entry, slot = flat.unique(return_inverse=True)
+        weight = self.weight.new_zeros(entry.numel()).index_add(0, slot, self.weight.flatten())
+        if not self.weight.requires_grad:
+            used = weight != 0
+            entry, weight = entry[used], weight[used]
+        row = torch.div(entry, self.num_source, rounding_mode="floor")
+        return row, entry - row * self.num_source, weight
+
+    def to_sparse_tensor(self):
+        r"""The matrix as :class:`torch_sparse.SparseTensor` of size
+        :obj:`(num_target, num_source)`, differentiable in the weights.
+
+        Raises:
+            ImportError: If :obj:`torch_sparse` is not installed.
+        """
+        try:
+            from torch_sparse import SparseTensor
+        except ImportError as e:
+            raise ImportError(
+                "'Mapping.to_sparse_tensor' requires 'torch_sparse': install it with "
+                "`pip install torch_scatter torch_sparse --no-build-isolation`"
+            ) from e
+        row, col, weight = self._entries()
+        return SparseTensor(
+            row=row,
+            col=col,
+            value=weight,
+            sparse_sizes=(self.num_target, self.num_source),
+            is_sorted=True,
+        )
+
+    def to_torch_csr(self) -> Tensor:
+        r"""The matrix as :func:`torch.sparse_csr_tensor`, differentiable in the weights."""
+        row, col, weight = self._entries()
+        ends = torch.arange(self.num_target + 1, device=self.device)
+        size = (self.num_target, self.num_source)
+        return torch.sparse_csr_tensor(torch.searchsorted(row, ends), col, weight, size)
+
+    def to_edge_index(self) -> tuple[Tensor, Tensor]:
+        r"""The matrix as the :obj:`edge_index` :obj:`[2, nnz]` of a bipartite graph, from source
+        to target, and its weights :obj:`[nnz]`, differentiable in the weights."""
+        row, col, weight = self._entries()
+        return torch.stack([col, row]), weight
+
+    def to_scipy(self):
+        r"""The matrix as :class:`scipy.sparse.csr_array`, without gradients."""
+        import scipy.sparse
+
+        row, col, weight = (t.numpy(force=True) for t in self.detach().to("cpu")._entries())
+        size = (self.num_target, self.num_source)
+        return scipy.sparse.coo_array((weight, (row, col)), shape=size).tocsr()
+
+    def to_dense(self) -> Tensor:
+        r"""The matrix :obj:`[num_target, num_source]`, differentiable in the weights. For small
+        matrices and tests."""
+        row = torch.arange(self.num_target, device=self.device).unsqueeze(1).expand_as(self.index)
+        dense = self.weight.new_zeros(self.num_target, self.num_source)
+        return dense.index_put((row, self.index), self.weight, accumulate=True)
+
+    @classmethod
+    def from_matrix(cls, matrix: Any) -> Mapping:
+        r"""A mapping from any form of an :obj:`[num_target, num_source]` matrix.
+
+        Args:
+            matrix: A :class:`torch_sparse.SparseTensor`, a sparse COO or CSR or a dense
+                :class:`torch.Tensor` (all differentiable in their values), a :mod:`scipy.sparse`
+                matrix or array, or a :class:`Mapping`, which is returned as it is.
+
+        Raises:
+            TypeError: If the matrix is of another type.
+            ValueError: If it is not two-dimensional or has no rows or columns.
+        """
+        if isinstance(matrix, Mapping):
+            return matrix
+        if isinstance(matrix, Tensor):
+            _check_matrix(matrix.shape)
+            if matrix.layout == torch.strided:
+                row, col = matrix.detach().nonzero(as_tuple=True)
+                return cls._from_coo(row, col, matrix[row, col], matrix.shape)
+            coo = matrix.to_sparse_coo().coalesce()
+            row, col = coo.indices()
+            return cls._from_coo(row, col, coo.values(), matrix.shape)
+        if type(matrix).__name__ == "SparseTensor" and hasattr(matrix, "sparse_sizes"):
+            row, col, value = matrix.coo()
+            if value is None:  # an adjacency without values counts each entry once
+                value = torch.ones(row.numel(), device=row.device)
+            return cls._from_coo(row, col, value, matrix.sparse_sizes())
+        if type(matrix).__module__.startswith("scipy.sparse"):
+            _check_matrix(matrix.shape)
+            coo = matrix.tocsr().tocoo()
+            value = torch.from_numpy(np.array(coo.data))
+            if not value.is_floating_point():
+                value = value.to(torch.get_default_dtype())
+            row, col = (torch.from_numpy(i.astype(np.int64)) for i in (coo.row, coo.col))
+            return cls._from_coo(row, col, value, matrix.shape)
+        raise TypeError(
+            f"Expected a Mapping, SparseTensor, torch or scipy matrix (got {type(matrix).__name__})"
+        )
+
+    @classmethod
+    def _from_coo(cls, row: Tensor, col: Tensor, value: Tensor, size) -> Mapping:
+        # Entries are sorted by row; an entry's slot is its place in its row.
+        num_target, num_source = _check_matrix(size)
+        starts = torch.searchsorted(row, torch.arange(num_target, device=row.device))
+        slot = torch.arange(row.numel(), device=row.device) - starts[row]
+        k = int(slot.max()) + 1 if row.numel() > 0 else 1
+        index = col.new_zeros(num_target, k).index_put((row, slot), col)
+        weight = value.new_zeros(num_target, k).index_put((row, slot), value)
+        return cls(index, weight, num_source)
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}({self.num_source}, {self.num_target}, k={self.k})"
+
+
+def _check_matrix(size) -> tuple[int, int]:
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"Expected a matrix of shape [num_target, num_source] (got {list(size)})")
+    return int(size[0]), int(size[1])

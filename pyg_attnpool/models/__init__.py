@@ -1,0 +1,5 @@
+from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.pca import PCA
+
+__all__ = ["PCA", "MeshAutoencoder", "coma"]

@@ -1,0 +1,175 @@
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Linear, ModuleList
+
+from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, StaticChebConv
+
+ENCODER_CHANNELS = (3, 16, 16, 16, 32)
+DECODER_CHANNELS = (32, 32, 16, 16, 16, 3)
+
+
+class MeshAutoencoder(torch.nn.Module):
+    r"""A convolutional autoencoder of registered meshes: convolution and pooling down a
+    :class:`~pyg_attnpool.mesh.MeshHierarchy`, a fully connected layer to the latent code, and the
+    same way back up.
+
+    Level :math:`l` of the encoder convolves, activates and pools to level :math:`l + 1`; level
+    :math:`l` of the decoder unpools from level :math:`l + 1`, convolves and activates; a last
+    convolution without bias and activation follows.
+
+    Args:
+        hierarchy (MeshHierarchy): The levels of the template.
+        conv (str, optional): The convolution, :obj:`"cheb"`
+            (:class:`~pyg_attnpool.nn.StaticChebConv`). (default: :obj:`"cheb"`)
+        down (str, optional): The pooling, :obj:`"qem"` (the hierarchy's own mapping) or
+            :obj:`"attention"` (:class:`~pyg_attnpool.nn.AttentionPool` over it).
+            (default: :obj:`"qem"`)
+        up (str, optional): The unpooling, likewise. If :obj:`None`, that of :obj:`down`.
+            (default: :obj:`None`)
+        encoder_channels (tuple, optional): The input channels and those after the convolution of
+            each level. (default: :obj:`(3, 16, 16, 16, 32)`)
+        decoder_channels (tuple, optional): The channels at the coarsest level, those after the
+            convolution of each level from coarse to fine, and the output channels.
+            (default: :obj:`(32, 32, 16, 16, 16, 3)`)
+        latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
+        latent_activation (str, optional): :obj:`"relu"` as published, or :obj:`None`. A ReLU can
+            kill a latent dimension for good. (default: :obj:`"relu"`)
+        K (int, optional): Chebyshev filter size. (default: :obj:`6`)
+        down_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionPool`, such as
+            :obj:`k` or :obj:`init`. (default: :obj:`None`)
+        up_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionUnpool`. Where a
+            level has fewer vertices than :obj:`k`, all are kept. (default: :obj:`None`)
+
+    Shapes:
+        - **input:** vertex features :math:`(B, N, 3)`
+        - **output:** vertex features :math:`(B, N, 3)`
+    """
+
+    def __init__(
+        self,
+        hierarchy: MeshHierarchy,
+        conv: str = "cheb",
+        down: str = "qem",
+        up: str | None = None,
+        encoder_channels: Sequence[int] = ENCODER_CHANNELS,
+        decoder_channels: Sequence[int] = DECODER_CHANNELS,
+        latent_channels: int = 8,
+        latent_activation: str | None = "relu",
+        K: int = 6,
+        down_kwargs: dict[str, Any] | None = None,
+        up_kwargs: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        up = down if up is None else up
+        num_vertices = hierarchy.num_vertices
+        steps = len(num_vertices) - 1
+        if conv != "cheb":
+            raise ValueError(f"Expected 'conv' to be 'cheb' (got {conv!r})")
+        if len(encoder_channels) != steps + 1 or len(decoder_channels) != steps + 2:
+            raise ValueError(
+                f"Expected {steps + 1} 'encoder_channels' and {steps + 2} 'decoder_channels' for a "
+                f"hierarchy of {steps + 1} levels (got {len(encoder_channels)} and "
+                f"{len(decoder_channels)})"
+            )
+        if latent_channels < 1:
+            raise ValueError(f"Expected 'latent_channels' to be positive (got {latent_channels})")
+        if latent_activation not in ("relu", None):
+            raise ValueError(
+                f"Expected 'latent_activation' to be 'relu' or None (got {latent_activation!r})"
+            )
+
+        self.num_vertices = tuple(num_vertices)
+        self.latent_channels = latent_channels
+        self.latent_activation = latent_activation
+
+        def make_conv(level: int, in_channels: int, out_channels: int, bias: bool = True):
+            edge_index = hierarchy.edge_index(level)
+            return StaticChebConv(
+                in_channels, out_channels, K, edge_index, num_vertices[level], bias
+            )
+
+        self.down_convs = ModuleList(
+            make_conv(level, encoder_channels[level], encoder_channels[level + 1])
+            for level in range(steps)
+        )
+        self.pools = ModuleList(
+            _pooling(AttentionPool, down, hierarchy, level, level + 1, down_kwargs)
+            for level in range(steps)
+        )
+        self.to_latent = Linear(num_vertices[-1] * encoder_channels[-1], latent_channels)
+        self.from_latent = Linear(latent_channels, num_vertices[-1] * decoder_channels[0])
+        # From coarse to fine, in the order of use.
+        self.unpools = ModuleList(
+            _pooling(AttentionUnpool, up, hierarchy, level + 1, level, up_kwargs)
+            for level in reversed(range(steps))
+        )
+        self.up_convs = ModuleList(
+            make_conv(level, decoder_channels[i], decoder_channels[i + 1])
+            for i, level in enumerate(reversed(range(steps)))
+        )
+        self.out_conv = make_conv(0, decoder_channels[-2], decoder_channels[-1], bias=False)
+
+    def encode(self, x: Tensor) -> Tensor:
+        r"""Vertex features :obj:`[B, N, 3]` to latent codes :obj:`[B, latent_channels]`."""
+        if x.dim() != 3 or x.size(1) != self.num_vertices[0]:
+            raise ValueError(
+                f"Expected vertices of shape [B, {self.num_vertices[0]}, "
+                f"{self.down_convs[0].in_channels}] (got {list(x.shape)})"
+            )
+        for conv, pool in zip(self.down_convs, self.pools, strict=True):
+            x = pool(conv(x).relu())
+        z = self.to_latent(x.flatten(1))
+        return z.relu() if self.latent_activation == "relu" else z
+
+    def decode(self, z: Tensor) -> Tensor:
+        r"""Latent codes :obj:`[B, latent_channels]` to vertex features :obj:`[B, N, 3]`."""
+        if z.dim() != 2 or z.size(1) != self.latent_channels:
+            raise ValueError(
+                f"Expected latent codes of shape [B, {self.latent_channels}] (got {list(z.shape)})"
+            )
+        x = self.from_latent(z).relu().unflatten(1, (self.num_vertices[-1], -1))
+        for conv, unpool in zip(self.up_convs, self.unpools, strict=True):
+            x = conv(unpool(x)).relu()
+        return self.out_conv(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Reconstructs vertex features :obj:`[B, N, 3]`."""
+        return self.decode(self.encode(x))
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.__class__.__name__}(num_vertices={list(self.num_vertices)}, "
+            f"latent_channels={self.latent_channels})"
+        )
+
+
+def _pooling(
+    attention: type[AttentionPool] | type[AttentionUnpool],
+    method: str,
+    hierarchy: MeshHierarchy,
+    source: int,
+    target: int,
+    kwargs: dict[str, Any] | None,
+) -> torch.nn.Module:
+    prior: Mapping = hierarchy.down[source] if source < target else hierarchy.up[target]
+    if method == "qem":
+        if kwargs:
+            raise ValueError(f"Expected no pooling arguments with 'qem' (got {sorted(kwargs)})")
+        return MappingPool(prior)
+    if method != "attention":
+        raise ValueError(f"Expected pooling by 'qem' or 'attention' (got {method!r})")
+    kwargs = {"k": 2 if attention is AttentionPool else 32, **(kwargs or {})}
+    kwargs["k"] = min(kwargs["k"], prior.num_source)
+    return attention(
+        prior.num_source,
+        prior.num_target,
+        prior=prior,
+        source_pos=hierarchy.positions(source),
+        target_pos=hierarchy.positions(target),
+        **kwargs,
+    )

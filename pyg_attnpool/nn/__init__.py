@@ -1,0 +1,5 @@
+from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
+from pyg_attnpool.nn.cheb_conv import StaticChebConv
+from pyg_attnpool.nn.mapping_pool import MappingPool
+
+__all__ = ["AttentionPool", "AttentionUnpool", "MappingPool", "StaticChebConv"]

@@ -1,0 +1,236 @@
+r"""Sparse products on a CSR pattern: apply a mapping or a Laplacian, forward and backward.
+
+The two products are each other's derivative, so together they are closed under differentiation:
+
+.. math::
+    \textrm{spmm}(v, x)_i = \sum_{e \in \textrm{row } i} v_e \, x_{\textrm{col}(e)}
+    \qquad
+    \textrm{sddmm}(a, b)_e = \langle a_{\textrm{row}(e)}, b_{\textrm{col}(e)} \rangle
+
+Neither holds a dense matrix nor one feature row per entry. Both are custom operators, so that
+:func:`torch.compile` goes through them without a graph break.
+"""
+
+import warnings
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col and the entry of the original each came from
+
+
+def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
+    r"""The CSR pattern of the transposed matrix.
+
+    Args:
+        rowptr (torch.Tensor): Row pointer :obj:`[M + 1]`.
+        col (torch.Tensor): Column of every entry :obj:`[E]`, in any order within a row.
+        num_cols (int): The number of columns :math:`N`.
+
+    Returns:
+        :obj:`rowptr` :obj:`[N + 1]` and :obj:`col` :obj:`[E]` of the transposed matrix, and the
+        permutation :obj:`[E]` that takes values to their transposed order.
+    """
+    sorted_col, perm = col.sort(stable=True)
+    row = torch.repeat_interleave(rowptr.diff(), output_size=col.numel())
+    ends = torch.arange(num_cols + 1, device=col.device)
+    return torch.searchsorted(sorted_col, ends), row[perm], perm
+
+
+@torch.library.custom_op("pyg_attnpool::spmm", mutates_args=())
+def _spmm(
+    rowptr: Tensor,
+    col: Tensor,
+    value: Tensor,
+    x: Tensor,
+    rowptr_t: Tensor | None,
+    col_t: Tensor | None,
+    perm: Tensor | None,
+) -> Tensor:
+    if value.numel() == 0 or x.numel() == 0:
+        return x.new_zeros(rowptr.numel() - 1, x.size(1))
+    return F.embedding_bag(
+        col,
+        x.contiguous(),
+        rowptr,
+        mode="sum",
+        per_sample_weights=value.contiguous(),
+        include_last_offset=True,
+    )
+
+
+@_spmm.register_fake
+def _(rowptr, col, value, x, rowptr_t, col_t, perm):
+    return x.new_empty(rowptr.size(0) - 1, x.size(1))
+
+
+def _spmm_setup(ctx, inputs, output):
+    rowptr, col, value, x, *transposed = inputs
+    keep_x = x if ctx.needs_input_grad[2] else None
+    ctx.num_cols = x.size(0)
+    ctx.save_for_backward(rowptr, col, value, keep_x, *transposed)
+
+
+def _spmm_backward(ctx, grad):
+    rowptr, col, value, x, rowptr_t, col_t, perm = ctx.saved_tensors
+    grad_value = grad_x = None
+    if ctx.needs_input_grad[2]:
+        grad_value = sddmm(rowptr, col, grad, x)
+    if ctx.needs_input_grad[3]:
+        if rowptr_t is None:
+            rowptr_t, col_t, perm = transpose(rowptr, col, ctx.num_cols)
+        grad_x = spmm(rowptr_t, col_t, value[perm], grad)
+    return None, None, grad_value, grad_x, None, None, None
+
+
+_spmm.register_autograd(_spmm_backward, setup_context=_spmm_setup)
+
+
+def spmm(
+    rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, transposed: Pattern | None = None
+) -> Tensor:
+    r"""Product of a sparse :obj:`[M, N]` matrix in CSR form with dense rows.
+
+    Differentiable in :obj:`value` and :obj:`x`. Entries may repeat and stand in any order.
+
+    Args:
+        rowptr (torch.Tensor): Row pointer :obj:`[M + 1]`.
+        col (torch.Tensor): Column of every entry :obj:`[E]`.
+        value (torch.Tensor): Value of every entry :obj:`[E]`, of the type of :obj:`x`.
+        x (torch.Tensor): Dense rows :obj:`[N, C]`.
+        transposed (tuple, optional): The result of :meth:`transpose`, for a pattern that stays:
+            the backward pass then need not sort. (default: :obj:`None`)
+
+    Returns:
+        The rows :obj:`[M, C]`.
+    """
+    return _spmm(rowptr, col, value, x, *(transposed or (None, None, None)))
+
+
+@torch.library.custom_op("pyg_attnpool::sddmm", mutates_args=())
+def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if col.numel() == 0 or a.size(1) == 0:
+        return a.new_zeros(col.numel())
+    # The sampled product knows no half precision.
+    dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
+        zeros = torch.zeros(col.numel(), dtype=dtype, device=a.device)
+        pattern = torch.sparse_csr_tensor(
+            rowptr, col, zeros, (a.size(0), b.size(0)), check_invariants=False
+        )
+        a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+        out = torch.sparse.sampled_addmm(pattern, a, b.t(), beta=0.0)
+    return out.values()
+
+
+@_sddmm.register_fake
+def _(rowptr, col, a, b):
+    return a.new_empty(col.size(0))
+
+
+def _sddmm_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _sddmm_backward(ctx, grad):
+    rowptr, col, a, b = ctx.saved_tensors
+    grad_a = grad_b = None
+    if ctx.needs_input_grad[2]:
+        grad_a = spmm(rowptr, col, grad, b)
+    if ctx.needs_input_grad[3]:
+        rowptr_t, col_t, perm = transpose(rowptr, col, b.size(0))
+        grad_b = spmm(rowptr_t, col_t, grad[perm], a)
+    return None, None, grad_a, grad_b
+
+
+_sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_setup)
+
+
+def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    r"""Row-wise dot products at the entries of a sparse :obj:`[M, N]` pattern in CSR form.
+
+    Differentiable in :obj:`a` and :obj:`b`.
+
+    Args:
+        rowptr (torch.Tensor): Row pointer :obj:`[M + 1]`.
+        col (torch.Tensor): Column of every entry :obj:`[E]`.
+        a (torch.Tensor): Left rows :obj:`[M, C]`.
+        b (torch.Tensor): Right rows :obj:`[N, C]`.
+
+    Returns:
+        One value per entry :obj:`[E]`.
+    """
+    return _sddmm(rowptr, col, a, b)
+
+
+def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
+    r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B * F]`.
+
+    The batch lies beside the channels there, so that one sparse product serves all samples. The
+    result is a view in the caller's layout, and the next call takes that view without a copy.
+
+    Args:
+        x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]`, or a mini-batch
+            :obj:`[B * N, F]`.
+        num_nodes (int): The number of nodes :math:`N`.
+        op (callable): Maps rows :obj:`[N, B, F]` to rows :obj:`[M, B, F']`.
+
+    Returns:
+        Features in the layout of :obj:`x`, with :math:`M` for :math:`N` and :math:`F'` for
+        :math:`F`.
+
+    Raises:
+        ValueError: If the shape of :obj:`x` is none of the three.
+    """
+    batched = x.dim() == 3 and x.size(1) == num_nodes
+    stacked = x.dim() == 2 and x.size(0) > 0 and x.size(0) % num_nodes == 0
+    if not (batched or stacked):
+        raise ValueError(
+            f"Expected features of shape [{num_nodes}, F], [B, {num_nodes}, F] or "
+            f"[B * {num_nodes}, F] (got {list(x.shape)})"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"Expected floating point features (got {x.dtype})")
+    y = x if batched else x.view(-1, num_nodes, x.size(1))
+    y = op(y.transpose(0, 1)).transpose(0, 1)
+    return y if batched else y.flatten(0, 1)
+
+
+def ell_rowptr(index: Tensor) -> Tensor:
+    r"""The row pointer of a pattern with the same number of slots :obj:`[M, k]` in every row."""
+    num_rows, k = index.shape
+    return torch.arange(num_rows + 1, device=index.device) * k
+
+
+def apply_mapping(
+    index: Tensor, weight: Tensor, x: Tensor, num_source: int, transposed: Pattern | None = None
+) -> Tensor:
+    r"""Applies a mapping (equation (1) of the paper), differentiable in :obj:`weight` and
+    :obj:`x`. The result is of the type of :obj:`x`.
+
+    Args:
+        index (torch.Tensor): Source vertex of every slot :obj:`[M, k]`.
+        weight (torch.Tensor): Weight of every slot :obj:`[M, k]`.
+        x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]` or :obj:`[B * N, F]`.
+        num_source (int): The number of source vertices :math:`N`.
+        transposed (tuple, optional): As in :meth:`spmm`. (default: :obj:`None`)
+    """
+    rowptr, col = ell_rowptr(index), index.flatten()
+    value = weight.flatten().to(x.dtype)
+
+    def op(rows: Tensor) -> Tensor:
+        y = spmm(rowptr, col, value, rows.reshape(num_source, -1), transposed)
+        return y.view(index.size(0), *rows.shape[1:])
+
+    return on_rows(x, num_source, op)
+
+
+def fuse_slots(
+    index: Tensor, weight: Tensor, prior_index: Tensor, prior_weight: Tensor, alpha: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""Mixes two mappings by scaling and concatenating their slots (equation (7)):
+    :math:`\alpha \cdot \textrm{weight} + (1 - \alpha) \cdot \textrm{prior}`."""
+    weight = torch.cat([alpha * weight, (1 - alpha) * prior_weight], dim=1)
+    return torch.cat([index, prior_index], dim=1), weight

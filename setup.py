@@ -1,0 +1,41 @@
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = re.search(r'__version__ = "(.+)"', (here / "pyg_attnpool/__init__.py").read_text()).group(1)
+
+sparse = ["torch_sparse>=0.6.18", "torch_scatter>=2.1.2"]
+mesh = ["openmesh>=1.2.1"]
+train = ["pytorch-lightning>=2.6", "torchmetrics>=1.4"]
+data = ["anny>=0.6.2"]
+viz = ["matplotlib>=3.8", "plotly>=5.20"]
+examples = ["tyro>=1.0"]
+
+setup(
+    name="pyg_attnpool",
+    version=version,
+    description="Learned feature aggregation between the levels of a mesh hierarchy, for PyTorch Geometric",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["pyg_attnpool", "pyg_attnpool.*"]),
+    package_data={"pyg_attnpool": ["py.typed"]},
+    install_requires=["torch>=2.11", "torch_geometric>=2.8", "numpy>=1.26", "scipy>=1.11"],
+    extras_require={
+        "sparse": sparse,
+        "mesh": mesh,
+        "train": train,
+        "data": data,
+        "viz": viz,
+        "examples": examples,
+        "dev": ["pytest>=8", "ruff==0.14.5", "pre-commit>=4"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3.11",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
