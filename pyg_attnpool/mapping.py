@@ -176,7 +176,9 @@ class Mapping:
         r"""The matrix as :class:`scipy.sparse.csr_array`, without gradients."""
         import scipy.sparse
 
-        row, col, weight = (t.numpy(force=True) for t in self.detach().to("cpu")._entries())
+        half = self.dtype not in (torch.float32, torch.float64)  # which scipy does not know
+        mapping = self.detach().to("cpu", torch.float32 if half else self.dtype)
+        row, col, weight = (t.numpy() for t in mapping._entries())
         size = (self.num_target, self.num_source)
         return scipy.sparse.coo_array((weight, (row, col)), shape=size).tocsr()
 
@@ -219,7 +221,7 @@ class Mapping:
             _check_matrix(matrix.shape)
             coo = matrix.tocsr().tocoo()
             value = torch.from_numpy(np.array(coo.data))
-            if not value.is_floating_point():
+            if not (value.is_floating_point() or value.is_complex()):
                 value = value.to(torch.get_default_dtype())
             row, col = (torch.from_numpy(i.astype(np.int64)) for i in (coo.row, coo.col))
             return cls._from_coo(row, col, value, matrix.shape)

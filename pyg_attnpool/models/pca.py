@@ -28,8 +28,10 @@ class PCA(torch.nn.Module):
             )
         mean = x.mean(dim=0)
         centred = (x - mean).flatten(1)
-        # A fixed start makes the Lanczos iteration repeatable.
-        start = torch.ones(min(centred.shape), dtype=x.dtype)
+        # A fixed start makes the Lanczos iteration repeatable. Random, since centred meshes are
+        # orthogonal to a constant one.
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(min(centred.shape), dtype=x.dtype, generator=generator)
         _, _, components = svds(centred.numpy(force=True), k=latent_channels, v0=start.numpy())
         components = torch.from_numpy(components[::-1].copy())
         self.register_buffer("mean", mean)

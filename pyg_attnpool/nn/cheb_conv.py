@@ -118,7 +118,7 @@ class StaticChebConv(torch.nn.Module):
                 out, following = b, out
             out = terms.pop() + self._propagate(out)
             out = out if following is None else out - following
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def __repr__(self) -> str:
         return (

@@ -112,17 +112,20 @@ def spmm(
 def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if col.numel() == 0 or a.size(1) == 0:
         return a.new_zeros(col.numel())
-    # The sampled product knows no half precision.
+    # The sampled product knows no half precision, and has room for no more entries than a dense
+    # matrix of its shape: where repeated entries need more, zero rows make it larger.
     dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
+    missing = -(-col.numel() // a.size(0)) - b.size(0)
+    left, right = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    right = F.pad(right, (0, 0, 0, missing)) if missing > 0 else right
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
         zeros = torch.zeros(col.numel(), dtype=dtype, device=a.device)
         pattern = torch.sparse_csr_tensor(
-            rowptr, col, zeros, (a.size(0), b.size(0)), check_invariants=False
+            rowptr, col, zeros, (left.size(0), right.size(0)), check_invariants=False
         )
-        a, b = a.to(dtype).contiguous(), b.to(dtype).contiguous()
-        out = torch.sparse.sampled_addmm(pattern, a, b.t(), beta=0.0)
-    return out.values()
+        out = torch.sparse.sampled_addmm(pattern, left, right.t(), beta=0.0)
+    return out.values().to(a.dtype)
 
 
 @_sddmm.register_fake

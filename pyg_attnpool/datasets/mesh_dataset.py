@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from torch_geometric.data import Data, Dataset
+
+LABELS = ("name", "subject", "expression", "frame")
+
+
+class Split(NamedTuple):
+    r"""Indices of the meshes of each part, each sorted."""
+
+    train: Tensor
+    val: Tensor
+    test: Tensor
+
+
+class MeshDataset(Dataset):
+    r"""Registered meshes: every mesh has the vertices and faces of one template. They are held as
+    one tensor; :obj:`dataset[i].pos` is a view of it.
+
+    Indexing by a slice, list or tensor gives the data set of those meshes alone, as in every
+    :class:`torch_geometric.data.Dataset`; :attr:`vertices`, labels and :meth:`split` follow.
+
+    Args:
+        vertices (torch.Tensor): Meshes :obj:`[M, N, 3]` in metres (float32), in sorted order.
+        template (tuple): Vertices :obj:`[N, 3]` in metres and faces :obj:`[F, 3]` (int64).
+        labels (dict, optional): For each known one of :obj:`"name"`, :obj:`"subject"`,
+            :obj:`"expression"` and :obj:`"frame"`, one value per mesh. (default: :obj:`None`)
+        root (str, optional): The folder of stored files. (default: :obj:`None`)
+        transform (callable, optional): Applied to a :class:`~torch_geometric.data.Data` object at
+            every access. (default: :obj:`None`)
+    """
+
+    def __init__(
+        self,
+        vertices: Tensor,
+        template: tuple[ndarray, ndarray],
+        labels: dict[str, Sequence[Any]] | None = None,
+        root: str | None = None,
+        transform: Callable | None = None,
+    ):
+        super().__init__(root, transform)
+        self.template = template
+        self._vertices = vertices
+        self._face = torch.from_numpy(np.ascontiguousarray(template[1].T))
+        self._labels = labels or {}
+
+    @property
+    def vertices(self) -> Tensor:
+        r"""All meshes as one tensor :obj:`[M, N, 3]` in metres: the stored one, or of a subset a
+        copy."""
+        return self._vertices if self._indices is None else self._vertices[list(self._indices)]
+
+    @property
+    def name(self) -> list[str] | None:
+        r"""The file of every mesh, relative to the folder, or :obj:`None`."""
+        return self._label("name")
+
+    @property
+    def subject(self) -> list[str] | None:
+        r"""The subject of every mesh, or :obj:`None` if unknown."""
+        return self._label("subject")
+
+    @property
+    def expression(self) -> list[str] | None:
+        r"""The expression of every mesh, or :obj:`None` if unknown."""
+        return self._label("expression")
+
+    @property
+    def frame(self) -> list[int] | None:
+        r"""The place of every mesh in its sequence, or :obj:`None` if unknown."""
+        return self._label("frame")
+
+    def _label(self, key: str) -> list | None:
+        values = self._labels.get(key)
+        return None if values is None else [values[i] for i in self.indices()]
+
+    def len(self) -> int:
+        return self._vertices.size(0)
+
+    def get(self, idx: int) -> Data:
+        labels = {key: values[idx] for key, values in self._labels.items()}
+        return Data(pos=self._vertices[idx], face=self._face, **labels)
+
+    def split(
+        self, kind: str, *, expression: str | None = None, subject: str | None = None
+    ) -> Split:
+        r"""The published splits of the COMA data, in the order of the meshes. Validation is never
+        cut from the test part.
+
+        1. :obj:`"interpolation"`: of every 100 meshes the first 11 are test, the next 10
+        validation. Fewer than 100 meshes are one such block in proportion, rounded up: of 30, the
+        first 4 and the next 3.
+
+        2. :obj:`"extrapolation"`: all meshes of :obj:`expression` are test.
+
+        3. :obj:`"identity"`: all meshes of :obj:`subject` are test.
+
+        For the last two, of every 100 remaining meshes the first 10 are validation.
+
+        Args:
+            kind (str): One of the three.
+            expression (str, optional): The expression held out. (default: :obj:`None`)
+            subject (str, optional): The subject held out. (default: :obj:`None`)
+
+        Raises:
+            ValueError: If the kind, expression or subject is unknown, or a part would be empty.
+        """
+        if kind not in ("interpolation", "extrapolation", "identity"):
+            raise ValueError(
+                f"Expected 'kind' to be 'interpolation', 'extrapolation' or 'identity' "
+                f"(got {kind!r})"
+            )
+        if kind != "extrapolation" and expression is not None:
+            raise ValueError(f"Expected no 'expression' for kind={kind!r} (got {expression!r})")
+        if kind != "identity" and subject is not None:
+            raise ValueError(f"Expected no 'subject' for kind={kind!r} (got {subject!r})")
+
+        index = torch.arange(len(self))
+        if kind == "interpolation":
+            is_test, is_val = _of_every_100(len(self), 11, 10)
+        else:
+            if kind == "extrapolation":
+                is_test = self._held_out("expression", expression)
+            else:
+                is_test = self._held_out("subject", subject)
+            rest = index[~is_test]
+            is_val = torch.zeros_like(is_test)
+            is_val[rest[_of_every_100(len(rest), 10)[0]]] = True
+        split = Split(index[~is_test & ~is_val], index[is_val], index[is_test])
+        if any(len(part) == 0 for part in split):
+            raise ValueError(
+                f"Expected enough meshes for three parts (got {len(self)}, that is "
+                f"{len(split.train)} for training, {len(split.val)} for validation and "
+                f"{len(split.test)} for test)"
+            )
+        return split
+
+    def _held_out(self, key: str, value: str | None) -> Tensor:
+        labels = self._label(key)
+        if labels is None:
+            raise ValueError(f"Expected meshes with known '{key}' (got none)")
+        if value not in labels:
+            raise ValueError(f"Expected '{key}' to be one of {sorted(set(labels))} (got {value!r})")
+        return torch.tensor([label == value for label in labels])
+
+
+def _of_every_100(num: int, *counts: int) -> list[Tensor]:
+    # The first count of every 100, the next count and so on, as masks. Less than one block is a
+    # block in proportion: the rule of 100 would leave it all to the first parts.
+    block = max(min(num, 100), 1)
+    place = torch.arange(num) % block
+    masks, end = [], 0
+    for count in counts:
+        start, end = end, end - (-count * block // 100)
+        masks.append((place >= start) & (place < end))
+    return masks

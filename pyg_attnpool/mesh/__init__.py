@@ -1,0 +1,13 @@
+from pyg_attnpool.mesh.closest import barycentric_mapping
+from pyg_attnpool.mesh.hierarchy import MeshHierarchy
+from pyg_attnpool.mesh.io import check_mesh, read_mesh, write_mesh
+from pyg_attnpool.mesh.qem import decimate
+
+__all__ = [
+    "MeshHierarchy",
+    "barycentric_mapping",
+    "check_mesh",
+    "decimate",
+    "read_mesh",
+    "write_mesh",
+]

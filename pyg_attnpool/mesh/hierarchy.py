@@ -1,0 +1,267 @@
+from __future__ import annotations
+
+import hashlib
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.mesh.closest import barycentric_mapping
+from pyg_attnpool.mesh.io import check_mesh, read_mesh, replacing
+from pyg_attnpool.mesh.qem import decimate
+
+VERSION = 1  # of the file, and of the way a hierarchy is made from a template
+
+
+class MeshHierarchy:
+    r"""A template mesh, its coarser levels, and the mappings between them as precomputed by quadric
+    error metric (QEM) simplification. Level 0 is the template.
+
+    :obj:`down[l]` takes features of level :math:`l` to level :math:`l + 1` by selecting the kept
+    vertices; :obj:`up[l]` takes them back, each vertex from the closest point on the coarse
+    surface in barycentric coordinates, a kept vertex from itself.
+
+    Usually made by :meth:`from_template`.
+
+    Args:
+        vertices (list): The vertices :obj:`[n_l, 3]` of every level (numpy).
+        faces (list): The faces :obj:`[F_l, 3]` of every level (numpy).
+        down (list): The mapping from every level to the next coarser one, as :class:`Mapping` or
+            any matrix that :meth:`Mapping.from_matrix` takes.
+        up (list): The mapping from the next coarser level to every level.
+
+    Raises:
+        ValueError: If levels are not valid meshes or mappings do not fit them.
+    """
+
+    def __init__(
+        self,
+        vertices: Sequence[ndarray],
+        faces: Sequence[ndarray],
+        down: Sequence[Mapping],
+        up: Sequence[Mapping],
+    ):
+        steps = len(vertices) - 1
+        if steps < 1 or (len(faces), len(down), len(up)) != (steps + 1, steps, steps):
+            raise ValueError(
+                f"Expected at least two levels, each with vertices and faces, and mappings between "
+                f"them (got {len(vertices)} vertices, {len(faces)} faces, {len(down)} down and "
+                f"{len(up)} up)"
+            )
+        levels = [check_mesh(v, f) for v, f in zip(vertices, faces, strict=True)]
+        self.vertices = [v for v, _ in levels]
+        self.faces = [f for _, f in levels]
+        self.down = [Mapping.from_matrix(m).detach() for m in down]
+        self.up = [Mapping.from_matrix(m).detach() for m in up]
+        for level, (fine, coarse) in enumerate(
+            zip(self.num_vertices, self.num_vertices[1:], strict=False)
+        ):
+            d, u = self.down[level], self.up[level]
+            got = (d.num_source, d.num_target, u.num_source, u.num_target)
+            if got != (fine, coarse, coarse, fine):
+                raise ValueError(
+                    f"Expected mappings between {fine} and {coarse} vertices at level {level} "
+                    f"(got {d} down and {u} up)"
+                )
+
+    @classmethod
+    def from_template(
+        cls,
+        template: str | Path | tuple[ndarray, ndarray],
+        num_vertices: Sequence[int] | None = None,
+        factors: Sequence[float] | None = None,
+        cache: str | Path | None = None,
+    ) -> MeshHierarchy:
+        r"""Simplifies a template level by level (:meth:`~pyg_attnpool.mesh.qem.decimate`).
+
+        Args:
+            template (str, Path or tuple): A mesh file, or vertices :obj:`[N, 3]` and faces
+                :obj:`[F, 3]`: an orientable manifold with or without boundary, of any number of
+                components.
+            num_vertices (list, optional): The vertex count of every coarser level.
+                (default: :obj:`None`)
+            factors (list, optional): In its place, how many times fewer vertices every level has
+                than the one before, rounded up. (default: :obj:`[4, 4, 4, 4]`)
+            cache (str or Path, optional): A folder that keeps the hierarchy under a hash of
+                template and counts, for the next time. (default: :obj:`None`)
+
+        Raises:
+            ValueError: If the mesh is not valid, or the counts do not descend or are too low.
+        """
+        if isinstance(template, str | Path):
+            vertices, faces = read_mesh(template)
+        else:
+            vertices, faces = template
+        vertices, faces = check_mesh(vertices, faces)
+        counts = _counts(len(vertices), num_vertices, factors)
+
+        path = None
+        if cache is not None:
+            path = Path(cache) / f"hierarchy-{_source(vertices, faces, counts)[:16]}.npz"
+            if path.exists():
+                try:
+                    hierarchy = cls.load(path)
+                    if hierarchy._source() == _source(vertices, faces, counts):
+                        return hierarchy
+                except ValueError as e:
+                    warnings.warn(f"{e}; made again from the template", stacklevel=2)
+
+        all_vertices, all_faces, down, up = [vertices], [faces], [], []
+        for index, coarse_faces in decimate(vertices, faces, counts[1:]):
+            fine, coarse = all_vertices[-1], all_vertices[-1][index]
+            down.append(
+                Mapping(
+                    torch.from_numpy(index).unsqueeze(1),
+                    torch.ones(len(index), 1, dtype=torch.float64),
+                    len(fine),
+                )
+            )
+            slots, weight = barycentric_mapping(fine, coarse, coarse_faces)
+            slots[index], weight[index] = np.arange(len(index))[:, None], [1, 0, 0]
+            up.append(Mapping(torch.from_numpy(slots), torch.from_numpy(weight), len(index)))
+            all_vertices.append(coarse)
+            all_faces.append(coarse_faces)
+        hierarchy = cls(all_vertices, all_faces, down, up)
+        if path is not None:
+            hierarchy.save(path)
+        return hierarchy
+
+    @property
+    def num_vertices(self) -> list[int]:
+        r"""The vertex count of every level."""
+        return [len(v) for v in self.vertices]
+
+    @property
+    def hash(self) -> str:
+        r"""A hash of all levels and mappings: models of equal hashes are exchangeable."""
+        return _digest(self._arrays().values())
+
+    def edge_index(self, level: int) -> Tensor:
+        r"""The edges :obj:`[2, E]` of a level in both directions, sorted, without duplicates."""
+        faces = self.faces[level]
+        edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+        edge = np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
+        return torch.from_numpy(edge.T.copy())
+
+    def positions(self, level: int) -> Tensor:
+        r"""The vertices :obj:`[n_l, 3]` of a level, centred by the template's mean and divided by
+        its standard deviation per axis (float32)."""
+        template = self.vertices[0]
+        std = template.std(axis=0)
+        std[std == 0] = 1  # a flat template
+        return torch.from_numpy((self.vertices[level] - template.mean(axis=0)) / std).float()
+
+    def save(self, path: str | Path):
+        r"""Writes the hierarchy to an :obj:`.npz` file, under a temporary name first."""
+        arrays = self._arrays()
+        with replacing(Path(path)) as temporary, open(temporary, "wb") as f:
+            np.savez_compressed(
+                f,
+                version=np.array(VERSION),
+                source=np.array(self._source()),
+                hash=np.array(_digest(arrays.values())),
+                **arrays,
+            )
+
+    @classmethod
+    def load(cls, path: str | Path) -> MeshHierarchy:
+        r"""Reads a hierarchy written by :meth:`save`.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file is of another version, damaged, or something else.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = dict(file)
+            version = int(arrays.pop("version"))
+            source, digest = str(arrays.pop("source")), str(arrays.pop("hash"))
+        except FileNotFoundError:
+            raise
+        except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
+            raise ValueError(f"Expected a mesh hierarchy in {path} (got {e})") from e
+        except (zipfile.BadZipFile, zlib.error) as e:
+            raise ValueError(f"Expected a whole mesh hierarchy in {path} (got {e})") from e
+        if version != VERSION:
+            raise ValueError(
+                f"Expected a mesh hierarchy of version {VERSION} in {path} (got {version}): make "
+                f"it again from the template"
+            )
+        if digest != _digest(arrays[name] for name in sorted(arrays)):
+            raise ValueError(f"Expected a whole mesh hierarchy in {path} (got a damaged one)")
+        steps = sum(name.startswith("down_index") for name in arrays)
+
+        def mapping(name: str, level: int) -> Mapping:
+            index, weight = (
+                torch.from_numpy(arrays[f"{name}_{part}{level}"]) for part in ("index", "weight")
+            )
+            num_source = len(arrays[f"vertices{level + (name == 'up')}"])
+            return Mapping(index, weight, num_source)
+
+        hierarchy = cls(
+            [arrays[f"vertices{level}"] for level in range(steps + 1)],
+            [arrays[f"faces{level}"] for level in range(steps + 1)],
+            [mapping("down", level) for level in range(steps)],
+            [mapping("up", level) for level in range(steps)],
+        )
+        if source != hierarchy._source():
+            raise ValueError(f"Expected a whole mesh hierarchy in {path} (got a damaged one)")
+        return hierarchy
+
+    def _source(self) -> str:
+        return _source(self.vertices[0], self.faces[0], self.num_vertices)
+
+    def _arrays(self) -> dict[str, ndarray]:
+        arrays = {}
+        for level, (vertices, faces) in enumerate(zip(self.vertices, self.faces, strict=True)):
+            arrays[f"vertices{level}"], arrays[f"faces{level}"] = vertices, faces
+        for name, mappings in (("down", self.down), ("up", self.up)):
+            for level, mapping in enumerate(mappings):
+                arrays[f"{name}_index{level}"] = mapping.index.numpy(force=True)
+                arrays[f"{name}_weight{level}"] = mapping.weight.numpy(force=True)
+        return {name: arrays[name] for name in sorted(arrays)}
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}({self.num_vertices})"
+
+
+def _counts(
+    num_vertices: int, wanted: Sequence[int] | None, factors: Sequence[float] | None
+) -> list[int]:
+    # The vertex counts of all levels.
+    if wanted is not None and factors is not None:
+        raise ValueError("Expected either 'num_vertices' or 'factors' (got both)")
+    counts = [num_vertices]
+    if wanted is None:
+        for factor in [4, 4, 4, 4] if factors is None else factors:
+            if not factor > 1:
+                raise ValueError(f"Expected 'factors' above 1 (got {factor})")
+            counts.append(int(np.ceil(counts[-1] / factor)))
+    else:
+        # A list may name the template's own count first, as `num_vertices` of a hierarchy does.
+        wanted = [int(n) for n in wanted]
+        counts += wanted[1:] if wanted[:1] == counts else wanted
+    if len(counts) < 2 or min(counts) < 3:
+        raise ValueError(
+            f"Expected at least one coarser level, of at least three vertices each (got {counts})"
+        )
+    return counts
+
+
+def _source(vertices: ndarray, faces: ndarray, counts: Sequence[int]) -> str:
+    return _digest([vertices, faces, np.array([VERSION, *counts])])
+
+
+def _digest(arrays: Iterable[ndarray]) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(f"{array.dtype.str}{array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()

@@ -1,0 +1,283 @@
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+
+SUFFIXES = (".obj", ".ply", ".off", ".stl")
+
+
+def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
+    r"""Reads a triangle mesh through :obj:`openmesh`. Vertices keep the order of the file; polygons
+    become fans of triangles around their first vertex.
+
+    An STL file lists corners, not vertices: equal corners become one vertex, in the order of first
+    appearance.
+
+    Args:
+        path (str or Path): An OBJ, PLY, OFF or STL file.
+
+    Returns:
+        Vertices :obj:`[N, 3]` (float64, in the unit of the file, at the single precision that
+        openmesh reads) and faces :obj:`[F, 3]` (int64).
+
+    Raises:
+        ImportError: If :obj:`openmesh` is not installed.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the format is unknown, or the file is damaged, cut off or without faces. What
+            the faces make up is for :meth:`check_mesh` to judge.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
+    om = _openmesh()
+    with _captured_stderr() as messages:
+        try:
+            mesh = om.read_polymesh(str(path))
+        except RuntimeError as e:
+            reason = " ".join(messages()) or e
+            raise ValueError(f"Expected a whole mesh in {path} (got: {reason})") from e
+    vertices = np.array(mesh.points(), dtype=np.float64).reshape(-1, 3)
+    polygons = np.asarray(mesh.face_vertex_indices(), dtype=np.int64)
+    polygons = polygons.reshape(mesh.n_faces(), -1) if polygons.size else np.empty((0, 3), int)
+
+    # openmesh leaves out what it cannot parse and doubles the vertices of what is not manifold.
+    num_vertices, num_faces = _declared(path, len(vertices))
+    if len(vertices) < num_vertices or len(polygons) != num_faces:
+        raise ValueError(
+            f"Expected {num_vertices} vertices and {num_faces} faces in {path} as it declares (got "
+            f"{len(vertices)} and {len(polygons)}): it is cut off, holds a number or face that "
+            f"cannot be read, or a comment where its format has none"
+        )
+    if len(vertices) > num_vertices:
+        polygons = np.where(polygons < 0, -1, _undouble(vertices, num_vertices)[polygons])
+        vertices = vertices[:num_vertices]
+    if len(polygons) == 0:
+        raise ValueError(f"Expected a mesh of at least one face in {path} (got none)")
+    return vertices, _fans(polygons)
+
+
+def write_mesh(path: str | Path, vertices: ndarray, faces: ndarray):
+    r"""Writes a triangle mesh at single precision, to a temporary name first.
+
+    Args:
+        path (str or Path): An OBJ, PLY, OFF or STL file; all but OBJ are binary.
+        vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
+        faces (numpy.ndarray): Faces :obj:`[F, 3]`.
+
+    Raises:
+        ImportError: If :obj:`openmesh` is not installed.
+        ValueError: If the format is unknown or the mesh is not valid by :meth:`check_mesh`.
+    """
+    path = Path(path)
+    _check_suffix(path)
+    vertices, faces = check_mesh(vertices, faces)
+    with replacing(path) as temporary:
+        if path.suffix.lower() == ".obj":
+            # openmesh writes six decimals, which a mesh of millimetres in metres does not survive.
+            with open(temporary, "w") as f:
+                f.writelines("v {:.9g} {:.9g} {:.9g}\n".format(*v) for v in vertices)
+                f.writelines("f {} {} {}\n".format(*face) for face in faces + 1)
+        else:
+            om = _openmesh()
+            om.write_mesh(str(temporary), om.TriMesh(vertices, faces), binary=True)
+
+
+def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
+    r"""Checks that a mesh is an orientable manifold, with or without boundary, whose every vertex
+    is part of a face.
+
+    Args:
+        vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
+        faces (numpy.ndarray): Faces :obj:`[F, 3]`.
+
+    Returns:
+        Vertices as float64 and faces as int64.
+
+    Raises:
+        TypeError: If the arrays are not of numbers, or faces not of integers.
+        ValueError: If shapes are wrong, the mesh is empty, a coordinate is not finite, a face is
+            degenerate or out of range, an edge has more than two faces or two of opposite
+            orientation, a vertex joins two fans of faces, or is part of none; the message names
+            the first.
+    """
+    vertices, faces = np.asarray(vertices), np.asarray(faces)
+    if not np.issubdtype(vertices.dtype, np.floating):
+        raise TypeError(f"Expected floating point vertices (got {vertices.dtype})")
+    if not np.issubdtype(faces.dtype, np.integer):
+        raise TypeError(f"Expected faces of integers (got {faces.dtype})")
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
+        raise ValueError(
+            f"Expected vertices [N, 3] and faces [F, 3] "
+            f"(got {list(vertices.shape)} and {list(faces.shape)})"
+        )
+    if len(vertices) == 0 or len(faces) == 0:
+        raise ValueError(
+            f"Expected a mesh of at least one face "
+            f"(got {len(vertices)} vertices and {len(faces)} faces)"
+        )
+    vertices, faces = vertices.astype(np.float64), faces.astype(np.int64)
+    broken = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
+    if len(broken) > 0:
+        raise ValueError(
+            f"Expected finite vertices (got {vertices[broken[0]].tolist()} at vertex {broken[0]})"
+        )
+    if faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(
+            f"Expected faces of vertices 0 to {len(vertices) - 1} "
+            f"(got {faces.min()} to {faces.max()})"
+        )
+    repeated = np.flatnonzero((faces == np.roll(faces, 1, axis=1)).any(axis=1))
+    if len(repeated) > 0:
+        raise ValueError(
+            f"Expected faces of three different vertices "
+            f"(got {faces[repeated[0]].tolist()} at face {repeated[0]})"
+        )
+    lonely = np.flatnonzero(np.bincount(faces.ravel(), minlength=len(vertices)) == 0)
+    if len(lonely) > 0:
+        raise ValueError(
+            f"Expected every vertex to be part of a face (got {len(lonely)} that are not, the "
+            f"first is vertex {lonely[0]})"
+        )
+    _check_manifold(faces, len(vertices))
+    return vertices, faces
+
+
+def _check_manifold(faces: ndarray, num_vertices: int):
+    source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
+    low, high = np.minimum(source, target), np.maximum(source, target)
+    edge, count = np.unique(low * num_vertices + high, return_counts=True)
+    directed, directed_count = np.unique(source * num_vertices + target, return_counts=True)
+    if count.max() > 2:
+        a, b = divmod(int(edge[count.argmax()]), num_vertices)
+        raise ValueError(
+            f"Expected a manifold mesh, at most two faces at an edge "
+            f"(got {count.max()} at the edge of vertices {a} and {b})"
+        )
+    if directed_count.max() > 1:
+        a, b = divmod(int(directed[directed_count.argmax()]), num_vertices)
+        raise ValueError(
+            f"Expected faces of one orientation (got two opposite ones at the edge of vertices "
+            f"{a} and {b})"
+        )
+    # Around a vertex, every face leads from one neighbour to the next. On a manifold that is one
+    # cycle or one path: as many fans as there are components among the corners of the vertex.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    halfedge, reverse = source * num_vertices + target, target * num_vertices + source
+    _, inner, twin = np.intersect1d(halfedge, reverse, assume_unique=True, return_indices=True)
+    # The corner at the start of a half-edge is at the end of its twin, the twin's next corner.
+    following = twin - twin % 3 + (twin + 1) % 3
+    graph = coo_array((np.ones(len(inner)), (inner, following)), shape=(faces.size, faces.size))
+    num_fans, fan = connected_components(graph, directed=False)
+    if num_fans > num_vertices:
+        owner = np.zeros(num_fans, dtype=np.int64)
+        owner[fan] = source
+        vertex = int(np.bincount(owner).argmax())
+        raise ValueError(
+            f"Expected a manifold mesh, one fan of faces around a vertex "
+            f"(got {np.bincount(owner).max()} at vertex {vertex})"
+        )
+
+
+def _check_suffix(path: Path):
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"Expected a file name ending in one of {SUFFIXES} (got {path.name})")
+
+
+def _openmesh():
+    try:
+        import openmesh
+    except ImportError as e:
+        raise ImportError(
+            "Mesh files require 'openmesh': install it with "
+            '`pip install "pyg_attnpool[mesh]" --no-build-isolation`'
+        ) from e
+    return openmesh
+
+
+def _declared(path: Path, num_vertices: int) -> tuple[int, int]:
+    # How many vertices and faces a file says it has, or lists line by line.
+    content = path.read_bytes()
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".obj":
+            starts = [line.lstrip()[:2] for line in content.splitlines()]
+            return starts.count(b"v ") + starts.count(b"v\t"), starts.count(b"f ")
+        if suffix == ".ply":
+            header = content[: content.index(b"end_header")].splitlines()
+            elements = [line.split() for line in header if line.startswith(b"element ")]
+            count = {name: int(number) for _, name, number in elements}
+            return count[b"vertex"], count[b"face"]
+        if suffix == ".off":
+            if b"BINARY" in content[:32].upper():
+                start = content.index(b"\n") + 1
+                return tuple(np.frombuffer(content[start : start + 8], "<u4").tolist())
+            lines = (line.split(b"#")[0] for line in content.splitlines())
+            words = [word for line in lines for word in line.split()][:4]
+            counts = [int(word) for word in words if word.isdigit()]
+            return counts[0], counts[1]
+        if content.lstrip()[:5].lower() == b"solid" and b"facet" in content[:1000]:
+            return num_vertices, content.count(b"endfacet")
+        return num_vertices, int(np.frombuffer(content[80:84], "<u4")[0])
+    except (ValueError, KeyError, IndexError) as e:
+        raise ValueError(f"Expected a {suffix[1:].upper()} header in {path} (got none)") from e
+
+
+def _undouble(vertices: ndarray, num_vertices: int) -> ndarray:
+    # openmesh appends a copy of a vertex for every face that will not fit its half-edges.
+    first = {tuple(v): i for i, v in reversed(list(enumerate(vertices[:num_vertices].tolist())))}
+    copies = [first[tuple(v)] for v in vertices[num_vertices:].tolist()]
+    return np.concatenate([np.arange(num_vertices), np.array(copies, dtype=np.int64)])
+
+
+def _fans(polygons: ndarray) -> ndarray:
+    # Shorter polygons are padded with -1 at the end.
+    corners = np.stack(
+        [
+            np.stack([polygons[:, 0], polygons[:, i], polygons[:, i + 1]], axis=1)
+            for i in range(1, polygons.shape[1] - 1)
+        ],
+        axis=1,
+    ).reshape(-1, 3)
+    return corners[corners[:, 2] >= 0]
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    r"""Yields a temporary name beside :obj:`path`, with the same suffix; what is written there
+    takes the place of :obj:`path` when the block ends without an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _captured_stderr():
+    # openmesh prints its complaints from C++, one for every material of every file. Kept back,
+    # they tell why a file could not be read.
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as log:
+        saved = os.dup(2)
+        os.dup2(log.fileno(), 2)
+
+        def messages() -> list[str]:
+            log.seek(0)
+            return log.read().decode(errors="replace").split()
+
+        try:
+            yield messages
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)

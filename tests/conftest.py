@@ -1,0 +1,63 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+@pytest.fixture(params=DEVICES)
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(12345)
+
+
+@pytest.fixture
+def golden():
+    r"""Loads :obj:`tests/golden/NAME.npz` as a dictionary of tensors."""
+
+    def load(name: str) -> dict[str, torch.Tensor]:
+        path = Path(__file__).parent / "golden" / f"{name}.npz"
+        with np.load(path, allow_pickle=False) as data:
+            return {key: torch.from_numpy(data[key]) for key in data.files}
+
+    return load
+
+
+@pytest.fixture
+def saved_numel():
+    r"""The sizes of all tensors that a call saves for its backward pass."""
+
+    def run(function, *args) -> list[int]:
+        sizes = []
+
+        def pack(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            function(*args)
+        return sizes
+
+    return run
+
+
+@pytest.fixture
+def compiled():
+    r"""Compiles without allowing a graph break, and without what other tests have compiled."""
+    torch.compiler.reset()
+
+    def run(function, backend: str = "aot_eager"):
+        if backend == "inductor" and DEVICES == ["cpu"] and shutil.which("g++") is None:
+            pytest.skip("inductor needs a C++ compiler")
+        return torch.compile(function, backend=backend, fullgraph=True)
+
+    return run

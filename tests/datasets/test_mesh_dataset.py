@@ -1,0 +1,145 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch_geometric.loader import DataLoader
+from torch_geometric.transforms import FaceToEdge
+
+from pyg_attnpool.datasets import MeshDataset
+
+TEMPLATE = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]), np.array([[0, 1, 2]])
+
+
+def make(num, **labels):
+    # Mesh i holds i everywhere.
+    vertices = torch.arange(num).float().view(-1, 1, 1).repeat(1, 3, 3)
+    return MeshDataset(vertices, TEMPLATE, labels)
+
+
+def sequences(num_subjects, expressions, frames):
+    rows = [
+        (f"s{s}", e, i) for s in range(num_subjects) for e in expressions for i in range(frames)
+    ]
+    subject, expression, frame = map(list, zip(*rows, strict=True))
+    return make(len(rows), subject=subject, expression=expression, frame=frame)
+
+
+@pytest.mark.parametrize("num", [100, 105, 2880, 20465])
+def test_interpolation_is_the_published_rule(num):
+    train, val, test = [], [], []
+    for i in range(num):
+        (test if i % 100 < 11 else val if i % 100 < 21 else train).append(i)
+    split = make(num).split("interpolation")
+    assert split.train.tolist() == train
+    assert split.val.tolist() == val
+    assert split.test.tolist() == test
+
+
+@pytest.mark.parametrize(
+    ("num", "num_test", "num_val"), [(3, 1, 1), (10, 2, 1), (30, 4, 3), (99, 11, 10)]
+)
+def test_interpolation_of_few_meshes_is_one_block_in_proportion(num, num_test, num_val):
+    split = make(num).split("interpolation")
+    assert split.test.tolist() == list(range(num_test))
+    assert split.val.tolist() == list(range(num_test, num_test + num_val))
+    assert split.train.tolist() == list(range(num_test + num_val, num))
+
+
+@pytest.mark.parametrize("kind", ["extrapolation", "identity"])
+def test_held_out_meshes_are_the_test_part(kind):
+    dataset = sequences(4, ["angry", "bored", "calm"], 25)
+    key, value = ("expression", "bored") if kind == "extrapolation" else ("subject", "s2")
+    split = dataset.split(kind, **{key: value})
+
+    labels = getattr(dataset, key)
+    test = [i for i in range(300) if labels[i] == value]
+    rest = [i for i in range(300) if labels[i] != value]
+    assert split.test.tolist() == test
+    assert split.val.tolist() == [i for n, i in enumerate(rest) if n % 100 < 10]
+    assert sorted(torch.cat(split).tolist()) == list(range(300))
+    for part in split:
+        assert part.dtype == torch.long
+        assert part.tolist() == sorted(part.tolist())
+
+
+def test_held_out_few_meshes():
+    split = sequences(2, ["angry", "bored"], 3).split("identity", subject="s0")
+    assert [part.tolist() for part in split] == [[7, 8, 9, 10, 11], [6], [0, 1, 2, 3, 4, 5]]
+
+
+def test_split_names_what_is_known():
+    dataset = sequences(2, ["calm", "angry"], 5)
+    with pytest.raises(ValueError, match=r"one of \['angry', 'calm'\] \(got 'happy'\)"):
+        dataset.split("extrapolation", expression="happy")
+    with pytest.raises(ValueError, match=r"one of \['s0', 's1'\] \(got None\)"):
+        dataset.split("identity")
+    with pytest.raises(ValueError, match=r"no 'subject' for kind='extrapolation' \(got 's0'\)"):
+        dataset.split("extrapolation", expression="calm", subject="s0")
+    with pytest.raises(ValueError, match=r"'kind'.*got 'random'"):
+        dataset.split("random")
+    with pytest.raises(ValueError, match="known 'subject'"):
+        make(10).split("identity", subject="s0")
+
+
+def test_split_without_a_part_is_refused():
+    with pytest.raises(ValueError, match="got 2, that is 0 for training"):
+        make(2).split("interpolation")
+    with pytest.raises(ValueError, match="got 5, that is 0 for training, 0 for validation and 5"):
+        sequences(1, ["calm"], 5).split("identity", subject="s0")
+
+
+def test_meshes_are_views_of_one_tensor():
+    dataset = sequences(2, ["calm"], 4)
+    data = dataset[5]
+    assert data.pos.untyped_storage().data_ptr() == dataset.vertices.untyped_storage().data_ptr()
+    dataset.vertices[5, 0] = 77
+    assert data.pos[0].tolist() == [77, 77, 77]
+    assert data.face.tolist() == [[0], [1], [2]]
+    assert dataset[6].face.data_ptr() == data.face.data_ptr()
+    assert (data.subject, data.expression, data.frame) == ("s1", "calm", 1)
+    assert "name" not in data and dataset.name is None
+
+
+def test_a_subset_keeps_vertices_and_labels_together():
+    dataset = sequences(3, ["calm", "angry"], 2)
+    subset = dataset[torch.tensor([9, 0, 4])]
+    assert len(subset) == len(subset.vertices) == 3
+    assert subset.vertices[:, 0, 0].tolist() == [9, 0, 4]
+    assert [data.pos[0, 0].item() for data in subset] == [9, 0, 4]
+    assert subset.subject == ["s2", "s0", "s1"]
+    assert subset.frame == [1, 0, 0]
+    assert subset[1:].subject == ["s0", "s1"]
+    assert subset.split("interpolation").test.tolist() == [0]
+    assert len(dataset) == 12
+
+
+def test_mini_batches_and_transform():
+    dataset = sequences(2, ["calm"], 3)
+    dataset.transform = FaceToEdge(remove_faces=False)
+    batch = next(iter(DataLoader(dataset, batch_size=4)))
+    assert batch.edge_index.size(1) == 4 * 6
+    assert batch.pos.view(4, 3, 3)[:, 0, 0].tolist() == [0, 1, 2, 3]
+    assert batch.face.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
+    assert batch.frame.tolist() == [0, 1, 2, 0]
+    assert batch.subject == ["s0", "s0", "s0", "s1"]
+
+
+def test_import_needs_no_extra(tmp_path):
+    # None in sys.modules makes an import fail as if the package were absent.
+    code = """
+import sys
+for name in ("openmesh", "anny", "roma", "trimesh", "warp", "matplotlib", "pytorch_lightning",
+             "torchmetrics", "torch_sparse", "torch_scatter"):
+    sys.modules[name] = None
+from pyg_attnpool.datasets import AnnyFaces
+try:
+    AnnyFaces(sys.argv[1])
+except ImportError as e:
+    print(e)
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert 'pip install "pyg_attnpool[data]"' in run.stdout

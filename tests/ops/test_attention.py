@@ -1,0 +1,209 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.testing import assert_close
+
+from pyg_attnpool.ops import attention as ops
+from pyg_attnpool.ops import reference
+
+# number of queries, keys, channels, k
+SIZES = [(1, 1, 1, 1), (7, 5, 3, 1), (13, 29, 5, 4), (31, 17, 21, 17), (50, 101, 8, 33)]
+LOG_BETA = {"sum": None, "softmax": 1.3}
+
+
+def leaf(*size, device, dtype=torch.float64):
+    return torch.randn(*size, device=device, dtype=dtype).requires_grad_()
+
+
+def to_dense(index, weight, num_key):
+    dense = weight.new_zeros(index.size(0), num_key)
+    return dense.scatter(1, index, weight)  # a row keeps no key twice
+
+
+@pytest.fixture(params=LOG_BETA.values(), ids=LOG_BETA.keys())
+def log_beta(request, device):
+    if request.param is None:
+        return None
+    value = torch.tensor(request.param, dtype=torch.float64, device=device)
+    return value.requires_grad_()
+
+
+# Search ##############################################################################
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_topk_equals_reference(sizes, device):
+    num_query, num_key, channels, k = sizes
+    query = leaf(num_query, channels, device=device)
+    key = leaf(num_key, channels, device=device)
+    assert torch.equal(ops.cosine_topk(query, key, k), reference.cosine_topk(query, key, k)[1])
+
+
+@pytest.mark.parametrize("tile", [1, 29, 30, 58, 100, 29 * 13 - 1, 29 * 13])
+def test_topk_does_not_depend_on_the_tiles(tile, device, monkeypatch):
+    query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
+    expected = reference.cosine_topk(query, key, 4)[1]
+    monkeypatch.setattr(ops, "TILE", tile)
+    assert torch.equal(ops.cosine_topk(query, key, 4), expected)
+
+
+@pytest.mark.parametrize("dtype,slack", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_topk_in_low_precision_is_within_rounding_of_the_best(dtype, slack, device):
+    query = leaf(37, 21, device=device, dtype=dtype)
+    key = leaf(83, 21, device=device, dtype=dtype)
+    index = ops.cosine_topk(query, key, 9)
+    assert all(row.unique().numel() == 9 for row in index)
+    score = torch.cosine_similarity(query.double()[:, None], key.double()[index], dim=-1)
+    best, _ = reference.cosine_topk(query.double(), key.double(), 9)
+    assert_close(score, best, rtol=0, atol=slack)
+
+
+def test_ties_go_to_the_lower_index(device):
+    # Scores of axes are exact: 1, 0 or -1.
+    axes = torch.eye(3, device=device)
+    key = torch.stack([axes[1], axes[0], -axes[0], axes[0], axes[2], axes[0], -axes[0]])
+    table = [
+        (axes[0], [1, 3, 5, 0, 4, 2, 6]),
+        (-axes[0], [2, 6, 0, 4, 1, 3, 5]),
+        (axes[1], [0, 1, 2, 3, 4, 5, 6]),
+        (axes[2], [4, 0, 1, 2, 3, 5, 6]),
+    ]
+    query = torch.stack([row for row, _ in table])
+    for k in range(1, 8):
+        assert ops.cosine_topk(query, key, k).tolist() == [order[:k] for _, order in table]
+
+
+def test_many_ties_equal_reference(device):
+    query = torch.randint(-1, 2, (40, 2), device=device).double()
+    query[:, 1] *= query[:, 0] == 0  # only axes and zeros: exact scores
+    key = torch.eye(2, dtype=torch.float64, device=device)[torch.randint(2, (57,), device=device)]
+    for k in (1, 2, 30, 56, 57):
+        expected = reference.cosine_topk(query, key, k)[1]
+        assert torch.equal(ops.cosine_topk(query, key, k), expected)
+
+
+def test_zero_vectors_score_zero(device):
+    query = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)
+    key = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]], device=device)
+    assert ops.cosine_topk(query, key, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
+    index, weight = ops.attention(query, key, 2)
+    assert torch.equal(to_dense(index, weight, 3), reference.attention(query, key, 2))
+    assert weight.tolist() == [[0.5, 0.5], [1.0, pytest.approx(0)]]
+
+
+def test_topk_passes_opcheck(device):
+    query, key = leaf(7, 3, device=device), leaf(11, 3, device=device)
+    op = torch.ops.pyg_attnpool.cosine_topk
+    torch.library.opcheck(op, (query.detach(), key.detach(), 4))
+
+
+# Weights #############################################################################
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_attention_and_gradients_equal_reference(sizes, log_beta, device):
+    num_query, num_key, channels, k = sizes
+    query = leaf(num_query, channels, device=device)
+    key = leaf(num_key, channels, device=device)
+    inputs = [query, key] if log_beta is None else [query, key, log_beta]
+
+    out = to_dense(*ops.attention(query, key, k, log_beta), num_key)
+    expected = reference.attention(query, key, k, log_beta)
+    assert_close(out, expected)
+
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad(out, inputs, cotangent)
+    for grad, other in zip(found, torch.autograd.grad(expected, inputs, cotangent), strict=True):
+        assert_close(grad, other)
+
+
+def test_attention_of_non_contiguous_vectors(log_beta, device):
+    query, key = leaf(4, 13, device=device).t(), leaf(29, 8, device=device)[:, ::2]
+    out = to_dense(*ops.attention(query, key, 3, log_beta), 29)
+    expected = reference.attention(query, key, 3, log_beta)
+    assert_close(out, expected)
+    cotangent = torch.randn_like(out)
+    found = torch.autograd.grad(out, (query, key), cotangent)
+    wanted = torch.autograd.grad(expected, (query, key), cotangent)
+    for grad, other in zip(found, wanted, strict=True):
+        assert_close(grad, other)
+
+
+def test_attention_gradcheck(log_beta, device):
+    query, key = leaf(3, 4, device=device), leaf(6, 4, device=device)
+    inputs = (query, key) if log_beta is None else (query, key, log_beta)
+    assert gradcheck(lambda q, k, *beta: ops.attention(q, k, 3, *beta)[1], inputs)
+
+
+@pytest.mark.parametrize("dtype,slack", [(torch.float32, 1e-5), (torch.bfloat16, 5e-2)])
+def test_attention_in_low_precision(dtype, slack, log_beta, device):
+    query = leaf(37, 21, device=device, dtype=dtype)
+    key = leaf(83, 21, device=device, dtype=dtype)
+    index, weight = ops.attention(query, key, 5, log_beta)
+    weight.square().sum().backward()
+
+    # The selection may differ within rounding, the weights follow from it exactly.
+    exact = query.detach().double().requires_grad_(), key.detach().double().requires_grad_()
+    score = torch.cosine_similarity(exact[0][:, None], exact[1][index], dim=-1)
+    if log_beta is None:
+        expected = score / score.sum(dim=-1, keepdim=True)
+    else:
+        expected = (log_beta.exp() * score).softmax(dim=-1)
+    assert score.min() > 0
+    assert_close(weight.double(), expected, rtol=0, atol=slack)
+    expected.square().sum().backward()
+    for found, other in zip((query, key), exact, strict=True):
+        assert found.grad.dtype == dtype
+        assert_close(found.grad.double(), other.grad, rtol=slack, atol=slack)
+
+
+def test_scores_below_zero_are_clamped_and_pass_no_gradient(device):
+    key = torch.tensor([[-1.0, 0.0], [-1.0, 1.0], [0.6, 0.8]], device=device, requires_grad=True)
+    query = torch.tensor([[1.0, 0.0]], device=device, requires_grad=True)
+
+    index, weight = ops.attention(query, key[:2], 2)  # nothing positive: all count the same
+    assert index.tolist() == [[1, 0]] and weight.tolist() == [[0.5, 0.5]]
+    grads = torch.autograd.grad(weight[0, 0], (query, key))
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in grads)
+
+    index, weight = ops.attention(query, key, 2)  # one positive takes all
+    assert index.tolist() == [[2, 1]]
+    assert_close(weight, torch.tensor([[1.0, 1e-25 / 0.6]], device=device), rtol=1e-5, atol=0)
+    grads = torch.autograd.grad(weight[0, 0], (query, key))
+    assert all(grad.abs().max() < 1e-20 for grad in grads)
+
+
+def test_literal_weights(device):
+    query = torch.tensor([[2.0, 0.0]], dtype=torch.float64, device=device)
+    key = torch.tensor([[0.8, 0.6], [0.0, 9.0], [6.0, 8.0], [5.0, 0.0]], device=device).double()
+    index, weight = ops.attention(query, key, 3)
+    assert index.tolist() == [[3, 0, 2]]
+    assert_close(weight, torch.tensor([[1.0, 0.8, 0.6]], device=device).double() / 2.4)
+    _, weight = ops.attention(query, key, 3, torch.tensor(5.0, device=device).double().log())
+    exp = torch.tensor([[5.0, 4.0, 3.0]], device=device).double().exp()
+    assert_close(weight, exp / exp.sum())
+
+
+def test_backward_saves_no_dense_matrix(log_beta, saved_numel, device):
+    query, key = leaf(199, 7, device=device), leaf(211, 7, device=device)
+    sizes = saved_numel(ops.attention, query, key, 3, log_beta)
+    assert sizes and max(sizes) <= 211 * 7
+
+
+def test_autocast_leaves_the_weights_exact(log_beta, device):
+    query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = to_dense(*ops.attention(query, key, 4, log_beta), 29)
+    assert_close(out, reference.attention(query, key, 4, log_beta))
+
+
+def test_attention_compiles_without_graph_breaks(log_beta, compiled, device):
+    query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
+    inputs = [query, key] if log_beta is None else [query, key, log_beta]
+    out = to_dense(*compiled(ops.attention)(query, key, 4, log_beta), 29)
+    expected = reference.attention(query, key, 4, log_beta)
+    assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for grad, other in zip(found, wanted, strict=True):
+        assert_close(grad, other)
