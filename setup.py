@@ -4,7 +4,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "pyg_attnpool/__init__.py").read_text()).group(1)
+version = re.search(r'__version__ = "(.+)"', (here / "pyg_attnpool/__init__.py").read_text()).group(
+    1
+)
 
 sparse = ["torch_sparse>=0.6.18", "torch_scatter>=2.1.2"]
 mesh = ["openmesh>=1.2.1"]

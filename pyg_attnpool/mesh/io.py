@@ -36,6 +36,7 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
     if not path.is_file():
         raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
     om = _openmesh()
+    num_vertices, num_faces = _declared(path)
     with _captured_stderr() as messages:
         try:
             mesh = om.read_polymesh(str(path))
@@ -47,12 +48,12 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
     polygons = polygons.reshape(mesh.n_faces(), -1) if polygons.size else np.empty((0, 3), int)
 
     # openmesh leaves out what it cannot parse and doubles the vertices of what is not manifold.
-    num_vertices, num_faces = _declared(path, len(vertices))
+    num_vertices = len(vertices) if num_vertices is None else num_vertices
     if len(vertices) < num_vertices or len(polygons) != num_faces:
         raise ValueError(
             f"Expected {num_vertices} vertices and {num_faces} faces in {path} as it declares (got "
-            f"{len(vertices)} and {len(polygons)}): it is cut off, holds a number or face that "
-            f"cannot be read, or a comment where its format has none"
+            f"{len(vertices)} and {len(polygons)}): it is cut off, or holds a number or face that "
+            f"cannot be read"
         )
     if len(vertices) > num_vertices:
         polygons = np.where(polygons < 0, -1, _undouble(vertices, num_vertices)[polygons])
@@ -202,32 +203,60 @@ def _openmesh():
     return openmesh
 
 
-def _declared(path: Path, num_vertices: int) -> tuple[int, int]:
-    # How many vertices and faces a file says it has, or lists line by line.
-    content = path.read_bytes()
-    suffix = path.suffix.lower()
+def _declared(path: Path) -> tuple[int | None, int]:
+    # How many vertices and faces a file says it has, or lists line by line. openmesh does not
+    # notice every file that is cut off, and some make it read forever.
+    content, kind = path.read_bytes(), path.suffix.lower()[1:]
+    read = {"obj": _declared_obj, "ply": _declared_ply, "off": _declared_off, "stl": _declared_stl}
     try:
-        if suffix == ".obj":
-            starts = [line.lstrip()[:2] for line in content.splitlines()]
-            return starts.count(b"v ") + starts.count(b"v\t"), starts.count(b"f ")
-        if suffix == ".ply":
-            header = content[: content.index(b"end_header")].splitlines()
-            elements = [line.split() for line in header if line.startswith(b"element ")]
-            count = {name: int(number) for _, name, number in elements}
-            return count[b"vertex"], count[b"face"]
-        if suffix == ".off":
-            if b"BINARY" in content[:32].upper():
-                start = content.index(b"\n") + 1
-                return tuple(np.frombuffer(content[start : start + 8], "<u4").tolist())
-            lines = (line.split(b"#")[0] for line in content.splitlines())
-            words = [word for line in lines for word in line.split()][:4]
-            counts = [int(word) for word in words if word.isdigit()]
-            return counts[0], counts[1]
-        if content.lstrip()[:5].lower() == b"solid" and b"facet" in content[:1000]:
-            return num_vertices, content.count(b"endfacet")
-        return num_vertices, int(np.frombuffer(content[80:84], "<u4")[0])
+        return read[kind](content)
     except (ValueError, KeyError, IndexError) as e:
-        raise ValueError(f"Expected a {suffix[1:].upper()} header in {path} (got none)") from e
+        raise ValueError(
+            f"Expected a whole {kind.upper()} file in {path} (got: {e or 'no header'})"
+        ) from e
+
+
+def _declared_obj(content: bytes) -> tuple[int, int]:
+    starts = [line.split(maxsplit=1)[:1] for line in content.splitlines()]
+    return starts.count([b"v"]), starts.count([b"f"])
+
+
+def _declared_ply(content: bytes) -> tuple[int, int]:
+    header = content[: content.index(b"end_header")].splitlines()
+    elements = [line.split() for line in header if line.startswith(b"element ")]
+    count = {name: int(number) for _, name, number in elements}
+    return count[b"vertex"], count[b"face"]
+
+
+def _declared_off(content: bytes) -> tuple[int, int]:
+    if b"BINARY" in content[:32].upper():
+        start = content.index(b"\n") + 1
+        num_vertices, num_faces, _ = np.frombuffer(content, "<u4", 3, start).tolist()
+        if len(content) < start + 12 + 12 * num_vertices + 16 * num_faces:
+            raise ValueError("cut off")
+        return num_vertices, num_faces
+    if b"#" in content:
+        raise ValueError("comments, which openmesh cannot read in this format")
+    lines = [line.split() for line in content.splitlines() if line.strip()]
+    if lines[0][-1].isdigit():  # the counts beside the keyword
+        lines.insert(1, lines[0][-3:])
+    num_vertices, num_faces = map(int, lines[1][:2])
+    last = lines[1 + num_vertices + num_faces]
+    if len(last) <= int(last[0]):
+        raise ValueError("cut off")
+    return num_vertices, num_faces
+
+
+def _declared_stl(content: bytes) -> tuple[None, int]:
+    if content.lstrip()[:5] == b"solid" and b"facet" in content[:1000]:
+        num_faces = content.count(b"endfacet")
+        if b"endsolid" not in content:
+            raise ValueError("cut off")
+    else:
+        num_faces = int(np.frombuffer(content, "<u4", 1, 80)[0])
+        if len(content) < 84 + 50 * num_faces:
+            raise ValueError("cut off")
+    return None, num_faces
 
 
 def _undouble(vertices: ndarray, num_vertices: int) -> ndarray:

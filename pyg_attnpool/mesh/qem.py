@@ -12,12 +12,9 @@ from pyg_attnpool.mesh.io import check_mesh
 
 BOUNDARY = 1.0  # weight of the planes that hold the boundary
 FLAT = 1e-3  # weight of the distance moved, which decides where the surface is flat
+MIN_COSINE = 0.2  # between the normals of a face before and after it changes
 SWEEPS = 3  # of moving kept vertices to where the surface comes closer
-MOVE_LIMIT = 0.5  # as above, when such a vertex moves
 CHUNK = 1 << 19  # pairs of a point and a face measured at a time
-# Smallest cosine between the normals of a face before and after a collapse. The later ones come in
-# where nothing else leads to the count asked for.
-TURN_LIMITS = (0.2, 0.0, -1.0)
 
 
 def decimate(
@@ -35,8 +32,10 @@ def decimate(
     of the area-weighted squared distances to the planes of all faces gathered so far (and, at a
     boundary, to planes that stand on it), so that every coarse vertex is an original one. A
     collapse is refused where it would break the manifold (link condition), pull a boundary inwards
-    or turn a face by more than 78°. The last is given up only where nothing else leads to the
-    count asked for; after that, whole components go, the smallest area first.
+    or turn a face by more than 78° or away from the normals gathered at its corners. The last is
+    given up only where nothing else leads to the count asked for; after that, whole components go,
+    the smallest area first. Finally, kept vertices change places with neighbours of theirs where
+    that brings the original vertices closer to the coarse surface.
 
     The result does not depend on the order of vertices and faces unless vertices coincide.
 
@@ -76,7 +75,7 @@ def decimate(
         fine = faces
         faces, quadrics = _collapse(points, fine, quadrics, count)
         for _ in range(SWEEPS):
-            moved = _better_vertices(points, fine, faces)
+            moved = _better_vertices(points, quadrics[:, 10:], fine, faces)
             faces, quadrics = moved[faces], quadrics[moved]
         survivors = np.sort(order[np.unique(faces)])
         index = np.searchsorted(kept, survivors)
@@ -115,7 +114,7 @@ def _collapse_edges(
     left = sum(map(bool, ring))
 
     heap = _candidates(points, faces, quadrics)
-    for limit in TURN_LIMITS:
+    for min_cosine in (MIN_COSINE, 0.0, None):
         blocked: dict[tuple[int, int], tuple[float, int, int, int]] = {}
         heapify(heap)
         while heap and left > count:
@@ -123,7 +122,9 @@ def _collapse_edges(
             _, i, j, stamp = entry
             if not ring[i] or not ring[j] or stamp != version[i] + version[j]:
                 continue
-            if not (_keeps_manifold(ring, boundary, i, j) and _keeps_turn(ring, p, i, j, limit)):
+            if not _keeps_manifold(ring, boundary, i, j) or (
+                min_cosine is not None and not _keeps_turn(ring, p, q, i, j, min_cosine)
+            ):
                 blocked[i, j] = entry
                 continue
             _move(ring, i, j)
@@ -182,14 +183,17 @@ def _keeps_manifold(ring: list, boundary: list, i: int, j: int) -> bool:
     around_j = ring[j].keys() | ring[j].values()
     if around_i & around_j != opposite:
         return False
-    # What is left of a tetrahedron or of a triangle is no surface.
-    return len(around_i | around_j) > 4 - (len(opposite) == 1)
+    # A tetrahedron or a triangle alone would leave no surface.
+    to_boundary = boundary[j] and not boundary[i]
+    return to_boundary or len(around_i | around_j) > 2 + len(opposite)
 
 
-def _keeps_turn(ring: list, p: list, i: int, j: int, limit: float) -> bool:
-    # Whether no face of i turns too far, or vanishes, when i moves to j.
+def _keeps_turn(ring: list, p: list, q: list, i: int, j: int, min_cosine: float) -> bool:
+    # Whether no face of i vanishes, turns too far or turns away from the normals gathered at its
+    # corners when i moves to j.
     xi, yi, zi = p[i]
     xj, yj, zj = p[j]
+    gathered = [q[i][k] + q[j][k] for k in (10, 11, 12)]
     for b, c in ring[i].items():
         if b == j or c == j:
             continue
@@ -201,8 +205,11 @@ def _keeps_turn(ring: list, p: list, i: int, j: int, limit: float) -> bool:
         ax, ay, az = uy * vz - uz * vy, uz * vx - ux * vz, ux * vy - uy * vx
         bx, by, bz = uy * wz - uz * wy, uz * wx - ux * wz, ux * wy - uy * wx
         before, after = ax * ax + ay * ay + az * az, bx * bx + by * by + bz * bz
-        if before > 0 and ax * bx + ay * by + az * bz <= limit * (before * after) ** 0.5:
+        if before > 0 and ax * bx + ay * by + az * bz <= min_cosine * (before * after) ** 0.5:
             return False
+        for nx, ny, nz in (gathered, q[b][10:], q[c][10:]):
+            if nx * bx + ny * by + nz * bz <= 0:
+                return False
     return True
 
 
@@ -219,7 +226,7 @@ def _move(ring: list, i: int, j: int):
         ring[j][b], ring[b][c], ring[c][j] = c, j, b
 
 
-def _better_vertices(points: ndarray, fine: ndarray, coarse: ndarray) -> ndarray:
+def _better_vertices(points: ndarray, normals: ndarray, fine: ndarray, coarse: ndarray) -> ndarray:
     # Where a kept vertex should change places with a neighbour on the fine mesh, so that the
     # original vertices come closer to the coarse surface: a permutation of the vertices.
     num_vertices = len(points)
@@ -234,9 +241,12 @@ def _better_vertices(points: ndarray, fine: ndarray, coarse: ndarray) -> ndarray
     before = coarse[corner // 3]
     after = before.copy()
     after[np.arange(len(after)), corner % 3] = moves[move, 1]
-    normal, new_normal = _normals(points, before), _normals(points, after)
-    length = np.linalg.norm(normal, axis=1) * np.linalg.norm(new_normal, axis=1)
-    turned = (normal * new_normal).sum(axis=1) <= MOVE_LIMIT * length
+    old_normal, new_normal = _normals(points, before), _normals(points, after)
+    length = np.linalg.norm(old_normal, axis=1) * np.linalg.norm(new_normal, axis=1)
+    turned = (old_normal * new_normal).sum(axis=1) <= MIN_COSINE * length
+    for at_corner in normals[before].swapaxes(0, 1):
+        length = np.linalg.norm(at_corner, axis=1) * np.linalg.norm(new_normal, axis=1)
+        turned |= (at_corner * new_normal).sum(axis=1) <= MIN_COSINE * length
     allowed = np.bincount(move[turned], minlength=len(moves)) == 0
 
     # The points closest to these faces, and how much closer the faces come to them.
@@ -321,7 +331,7 @@ def _normals(points: ndarray, faces: ndarray) -> ndarray:
 
 
 def _quadrics(points: ndarray, faces: ndarray) -> ndarray:
-    # The upper triangle of every vertex's quadric [N, 10].
+    # The upper triangle of every vertex's quadric, and its normal of area in length [N, 13].
     normal = _normals(points, faces)
     area = np.linalg.norm(normal, axis=1) / 2
     normal = normal / np.maximum(2 * area, np.finfo(float).tiny)[:, None]
@@ -344,7 +354,9 @@ def _quadrics(points: ndarray, faces: ndarray) -> ndarray:
     weight = FLAT * np.bincount(faces.ravel(), np.repeat(area / 3, 3), minlength=len(points))
     for axis in np.eye(3):
         quadrics += _planes(np.broadcast_to(axis, points.shape), points, weight)
-    return quadrics
+    normals = np.zeros_like(points)
+    np.add.at(normals, faces.ravel(), np.repeat(normal * area[:, None], 3, axis=0))
+    return np.column_stack([quadrics, normals])
 
 
 def _planes(normal: ndarray, point: ndarray, weight: ndarray) -> ndarray:

@@ -121,6 +121,13 @@ def test_expressions_move_what_they_are_named_after(faces, moved):
     assert (largest > 5).all() and (largest < 40).all()
 
 
+def test_every_action_is_known_to_anny(loaded_once, tmp_path):
+    known = {"jawPitch", *anny_faces._load_anny(tmp_path).facial_action_labels}
+    for side in ("Left", "Right"):
+        for peak in anny_faces.EXPRESSIONS.values():
+            assert set(anny_faces._spell_out(peak, side)) <= known
+
+
 def test_subjects_differ_as_people_do(faces):
     neutral = faces.vertices.view(12, 12, FRAMES, -1, 3)[:, :, 0].mean(dim=1)
     distance = 1000 * (neutral[:, None] - neutral[None]).norm(dim=-1).mean(dim=-1)

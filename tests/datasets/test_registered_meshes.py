@@ -198,11 +198,6 @@ def test_bad_arrays(tmp_path):
             RegisteredMeshes(path, template)
 
 
-class Bomb:
-    def __reduce__(self):
-        raise AssertionError("a pickle was loaded")
-
-
 def test_pickles_are_refused(tmp_path):
     path = tmp_path / "meshes.npy"
     np.save(path, np.array([{"vertices": 1}], dtype=object), allow_pickle=True)

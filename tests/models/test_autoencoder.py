@@ -91,6 +91,16 @@ def test_priors_are_those_of_the_hierarchy(hierarchy):
         assert torch.equal(pool.mapping().to_dense(), mapping.to_dense())
 
 
+def test_keys_and_queries_start_at_the_positions_of_their_levels(hierarchy):
+    model = MeshAutoencoder(hierarchy, down="attention")
+    for level in range(4):
+        pool, unpool = model.pools[level], model.unpools[3 - level]
+        for fine, coarse in ((pool.key, pool.query), (unpool.query, unpool.key)):
+            for vectors, place in ((fine, level), (coarse, level + 1)):
+                noise = vectors[:, :3] - 0.1 * hierarchy.positions(place)
+                assert -1e-6 < noise.min() and noise.max() < 0.1 + 1e-6
+
+
 def test_attention_without_weight_computes_what_qem_computes(hierarchy):
     zero = {"fusion_weight": 0}
     qem = coma(hierarchy)

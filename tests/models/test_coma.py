@@ -103,9 +103,8 @@ def test_golden_coma_autoencoder(name, hierarchy, golden, device):
     assert difference(found["loss"], data["loss"].float()) < 1e-5
 
     double = {key: value.double() for key, value in parameters.items()}
-    exact, exact_grads = run(
-        make_model(hierarchy, POOL[name]).to(device).double(), double, x.double()
-    )
+    model = make_model(hierarchy, POOL[name]).to(device, torch.float64)
+    exact, exact_grads = run(model, double, x.double())
     assert difference(found["out"].double(), exact["out"]) < 1e-5
     for key, grad in grads.items():
         # The gradients of the fusion scalars are differences of nearly equal sums: single

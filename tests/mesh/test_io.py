@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+
+from pyg_attnpool.mesh import check_mesh, read_mesh, write_mesh
+from tests.mesh.meshes import blob, icosphere
+
+pytest.importorskip("openmesh")
+SUFFIXES = ["obj", "ply", "off", "stl"]
+
+
+def write(path, text):
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("suffix", ["obj", "ply", "off"])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_round_trip_keeps_order_and_single_precision(tmp_path, suffix, scale):
+    vertices, faces = blob(2, seed=0, hole=True)
+    order = np.random.default_rng(0).permutation(len(vertices))
+    vertices, faces = scale * vertices[order], np.argsort(order)[faces]
+    write_mesh(tmp_path / f"mesh.{suffix}", vertices, faces)
+    got_vertices, got_faces = read_mesh(tmp_path / f"mesh.{suffix}")
+    np.testing.assert_array_equal(got_faces, faces)
+    np.testing.assert_allclose(got_vertices, vertices.astype(np.float32), rtol=2e-7)
+    assert [p.name for p in tmp_path.iterdir()] == [f"mesh.{suffix}"]
+
+
+def test_stl_gives_the_same_triangles(tmp_path):
+    vertices, faces = blob(2, seed=1)
+    write_mesh(tmp_path / "mesh.stl", vertices, faces)
+    got_vertices, got_faces = read_mesh(tmp_path / "mesh.stl")
+    np.testing.assert_allclose(got_vertices[got_faces], vertices[faces].astype(np.float32))
+    _, first = np.unique(got_faces, return_index=True)
+    assert (np.diff(first) > 0).all()  # in the order of first appearance
+
+
+def test_obj_with_everything(tmp_path, capfd):
+    path = write(
+        tmp_path / "mesh.obj",
+        "# a comment\nmtllib none.mtl\no thing\n"
+        "v 0 0 0 # corner\nv 1 0 0\nv 1 1 0\nv 0 1 0\nv 2 0 0\nv 2 1 0\nv 1.5 2 0\n"
+        "vt 0 0\nvt 1 0\nvn 0 0 1\ng part\nusemtl none\ns off\n"
+        "f 1/1/1 2/2/1 3/1/1 4/2/1\nf 2//1 5//1 6//1 3//1\nf 3/1 6/1 7/2\n",
+    )
+    vertices, faces = read_mesh(path)
+    expected = [[0, 0], [1, 0], [1, 1], [0, 1], [2, 0], [2, 1], [1.5, 2]]
+    np.testing.assert_array_equal(vertices, np.pad(expected, ((0, 0), (0, 1))))
+    assert faces.tolist() == [[0, 1, 2], [0, 2, 3], [1, 4, 5], [1, 5, 2], [2, 5, 6]]
+    assert capfd.readouterr() == ("", "")  # no word about the missing material
+
+
+def test_pentagon_becomes_a_fan(tmp_path):
+    points = "1 0 0\n.3 .9 0\n-.8 .6 0\n-.8 -.6 0\n.3 -.9 0\n"
+    path = write(tmp_path / "mesh.off", f"OFF\n5 1 0\n{points}5 0 1 2 3 4\n")
+    assert read_mesh(path)[1].tolist() == [[0, 1, 2], [0, 2, 3], [0, 3, 4]]
+
+
+BAD_FILES = {
+    "unknown.xyz": ("", "ending in one of"),
+    "empty.obj": ("", "at least one face"),
+    "points.obj": ("v 0 0 0\nv 1 0 0\n", "at least one face"),
+    "range.obj": ("v 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 9\n", "3 vertices and 1 faces"),
+    "nan.obj": ("v 0 0 0\nv nan 0 0\nv 0 1 0\nf 1 2 3\n", "3 vertices and 1 faces"),
+    "header.ply": ("plywood", "whole PLY file"),
+    "cut.off": ("OFF\n3 2 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "whole OFF file"),
+    "comment.off": ("OFF\n# no\n3 1 0\n0 0 0\n1 0 0\n0 1 0\n3 0 1 2\n", "comments"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_named(tmp_path, name):
+    content, message = BAD_FILES[name]
+    with pytest.raises(ValueError, match=message) as error:
+        read_mesh(write(tmp_path / name, content))
+    assert name in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["ply", "off", "stl"])
+@pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
+def test_cut_off_file(tmp_path, suffix, share):
+    path = tmp_path / f"mesh.{suffix}"
+    write_mesh(path, *icosphere(2))
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match="mesh."):
+        read_mesh(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="none.ply"):
+        read_mesh(tmp_path / "none.ply")
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "mesh.ply"
+    vertices, faces = icosphere(1)
+    write_mesh(path, vertices, faces)
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="finite"):
+        write_mesh(path, vertices * np.nan, faces)
+    assert path.read_bytes() == before
+
+
+POINTS = np.random.default_rng(0).normal(size=(6, 3))
+BAD_MESHES = {
+    "three faces": ([[0, 1, 2], [1, 0, 3], [0, 1, 4], [0, 4, 5]], "got 3 .* vertices 0 and 1"),
+    "orientation": ([[0, 1, 2], [0, 1, 3], [2, 4, 5]], "opposite .* vertices 0 and 1"),
+    "two fans": ([[0, 1, 2], [3, 2, 4], [4, 5, 3]], "got 2 at vertex 2"),
+    "degenerate": ([[0, 1, 2], [3, 4, 3], [1, 5, 2]], r"got \[3, 4, 3\] at face 1"),
+    "range": ([[0, 1, 6], [2, 3, 4]], "0 to 5 .got 0 to 6"),
+    "negative": ([[0, 1, -1], [2, 3, 4]], "0 to 5 .got -1 to 4"),
+    "lonely": ([[0, 1, 2], [2, 1, 3]], "got 2 that are not, the first is vertex 4"),
+    "empty": (np.empty((0, 3), int), "at least one face"),
+    "quads": ([[0, 1, 2, 3], [2, 3, 4, 5]], r"\[F, 3\]"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MESHES)
+def test_bad_mesh(name):
+    faces, message = BAD_MESHES[name]
+    with pytest.raises(ValueError, match=message):
+        check_mesh(POINTS, np.array(faces))
+
+
+def test_bad_types():
+    with pytest.raises(TypeError, match="floating point vertices .got int64"):
+        check_mesh(np.zeros((3, 3), dtype=np.int64), np.array([[0, 1, 2]]))
+    with pytest.raises(TypeError, match="integers .got float64"):
+        check_mesh(np.zeros((3, 3)), np.array([[0.0, 1, 2]]))
+    vertices = POINTS[:3].copy()
+    vertices[1, 2] = np.inf
+    with pytest.raises(ValueError, match="at vertex 1"):
+        check_mesh(vertices, np.array([[0, 1, 2]]))
