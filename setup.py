@@ -18,7 +18,7 @@ examples = ["tyro>=1.0"]
 setup(
     name="pyg_attnpool",
     version=version,
-    description="Learned feature aggregation between the levels of a mesh hierarchy, for PyTorch Geometric",
+    description="Learned feature aggregation between mesh levels, for PyTorch Geometric",
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="MIT",
