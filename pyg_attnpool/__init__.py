@@ -1,5 +1,7 @@
-from pyg_attnpool import nn
+from pyg_attnpool import models, nn
+from pyg_attnpool.export import freeze_attention
 from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, StaticChebConv
 
 __version__ = "0.1.0"
@@ -9,7 +11,10 @@ __all__ = [
     "AttentionUnpool",
     "Mapping",
     "MappingPool",
+    "MeshHierarchy",
     "StaticChebConv",
     "__version__",
+    "freeze_attention",
+    "models",
     "nn",
 ]

@@ -32,25 +32,37 @@ class Standardized(torch.nn.Module):
 
     Args:
         model (torch.nn.Module): An autoencoder with :meth:`encode` and :meth:`decode`.
-        x (torch.Tensor): Training meshes :obj:`[M, N, 3]` in metres. A coordinate that never moves
-            is divided by one.
-
-    Raises:
-        ValueError: If there are no meshes or a coordinate is not finite.
+        mean (torch.Tensor): The mean mesh :obj:`[N, 3]` in metres.
+        std (torch.Tensor): The standard deviation of every coordinate :obj:`[N, 3]` in metres.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, model: torch.nn.Module, x: Tensor):
+    def __init__(self, model: torch.nn.Module, mean: Tensor, std: Tensor):
         super().__init__()
-        _check_meshes("training meshes", x)
+        if mean.dim() != 2 or mean.shape != std.shape or not (std > 0).all():
+            raise ValueError(
+                f"Expected 'mean' and positive 'std' of shape [N, 3] "
+                f"(got {list(mean.shape)} and {list(std.shape)})"
+            )
         self.model = model
+        self.register_buffer("mean", mean.clone())
+        self.register_buffer("std", std.clone())
+
+    @classmethod
+    def from_meshes(cls, model: torch.nn.Module, x: Tensor) -> "Standardized":
+        r"""With the statistics of training meshes :obj:`[M, N, 3]` in metres. A coordinate that
+        never moves is divided by one.
+
+        Raises:
+            ValueError: If there are no meshes or a coordinate is not finite.
+        """
+        _check_meshes("training meshes", x)
         mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
         # Rounding alone makes the deviation of a still coordinate about 1e-7 of its value.
         still = std <= 1e-6 * x.abs().amax(dim=0).clamp(min=std.max())
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", std.masked_fill(still, 1.0))
+        return cls(model, mean, std.masked_fill(still, 1.0))
 
     def standardize(self, x: Tensor) -> Tensor:
         r"""Metres to standardised coordinates."""
@@ -125,28 +137,28 @@ class MeshTraining(pl.LightningModule):
 
     Args:
         model (Standardized): The model.
-        template_hash (str): The hash of the hierarchy the model was built on; a checkpoint of
-            another is refused.
         recipe (str, optional): :obj:`"paper"`: SGD with momentum 0.9, weight decay 5e-4, learning
             rate 8e-3, times 0.99 per epoch. :obj:`"fast"`: Adam with a one-cycle learning rate up
             to 3e-3, which gets most of the quality in few epochs. (default: :obj:`"fast"`)
         lr (float, optional): Another learning rate. (default: :obj:`None`)
+        settings (dict, optional): What else makes up a run; stored in every checkpoint, and one of
+            other settings is refused. (default: :obj:`None`)
     """
 
     def __init__(
         self,
         model: Standardized,
-        template_hash: str,
         recipe: str = "fast",
         lr: float | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         super().__init__()
         if recipe not in RECIPES:
             raise ValueError(f"Expected 'recipe' to be one of {list(RECIPES)} (got {recipe!r})")
         self.model = model
-        self.template_hash = template_hash
         self.recipe = recipe
         self.lr = {"paper": 8e-3, "fast": 3e-3}[recipe] if lr is None else lr
+        self.settings = {"recipe": recipe, "lr": self.lr, **(settings or {})}
         self.val_error = torchmetrics.MeanMetric()
 
     def training_step(self, x: Tensor, step: int) -> Tensor:
@@ -188,19 +200,17 @@ class MeshTraining(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]):
-        checkpoint["template_hash"] = self.template_hash
+        checkpoint["settings"] = self.settings
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]):
         check_checkpoint(self, checkpoint)
 
 
 def check_checkpoint(module: MeshTraining, checkpoint: dict[str, Any]):
-    r"""Raises a :class:`ValueError` if a checkpoint is of another template or model."""
-    if checkpoint.get("template_hash") != module.template_hash:
-        raise ValueError(
-            f"Expected a checkpoint of the template {module.template_hash} "
-            f"(got {checkpoint.get('template_hash')})"
-        )
+    r"""Raises a :class:`ValueError` if a checkpoint is of another template, model or run."""
+    stored = checkpoint.get("settings")
+    if stored != module.settings:
+        raise ValueError(f"Expected a checkpoint of a run with {module.settings} (got {stored})")
     have = {name: tuple(t.shape) for name, t in module.state_dict().items()}
     got = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
     if have != got:
@@ -222,6 +232,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"Expected a training checkpoint in {path} (got something else)")
     return checkpoint
+
+
+class _ProgressBar(TQDMProgressBar):
+    # One line per epoch; validation takes a second or two and ends in its `val_mm`.
+    def init_validation_tqdm(self):
+        bar = super().init_validation_tqdm()
+        bar.disable = True
+        return bar
 
 
 class _Meshes(Dataset):
@@ -251,11 +269,12 @@ class _Batches(Sampler):
         return -(-self.num_meshes // self.batch_size)
 
     def __iter__(self) -> Iterator[Tensor]:
+        # Lazily: when it resumes, Lightning makes the iterator before it sets the epoch.
         order = torch.arange(self.num_meshes)
         if self.seed is not None:
-            generator = torch.Generator().manual_seed((self.seed << 32) + self.epoch)
+            generator = torch.Generator().manual_seed(100_003 * self.seed + self.epoch)
             order = torch.randperm(self.num_meshes, generator=generator)
-        return iter(order.split(self.batch_size))
+        yield from order.split(self.batch_size)
 
 
 class MeshData(pl.LightningDataModule):
@@ -324,7 +343,8 @@ def fit(
         device (str, optional): A Lightning accelerator such as :obj:`"cpu"` or :obj:`"cuda"`.
             (default: :obj:`"auto"`)
         resume (bool, optional): Go on from :obj:`last.ckpt` where there is one, to the result of
-            a run that was never interrupted. (default: :obj:`False`)
+            a run that was never interrupted; all other arguments must be the same.
+            (default: :obj:`False`)
 
     Raises:
         ValueError: If meshes do not fit the hierarchy, a checkpoint is damaged or of another
@@ -342,13 +362,20 @@ def fit(
             f"Expected positive 'epochs' and 'batch_size' (got {epochs} and {batch_size})"
         )
     output = Path(output)
-    module = MeshTraining(Standardized(model, train), hierarchy.hash, recipe, lr)
+    settings = {
+        "template": hierarchy.hash,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "seed": seed,
+        "meshes": len(train),
+    }
+    module = MeshTraining(Standardized.from_meshes(model, train), recipe, lr, settings)
     last, best = output / "last.ckpt", output / "best.ckpt"
     if resume and last.exists():
         check_checkpoint(module, load_checkpoint(last))
     else:
-        last.unlink(missing_ok=True)
-        best.unlink(missing_ok=True)
+        for path in (last, best):
+            path.unlink(missing_ok=True)
     steps_per_epoch = -(-len(train) // batch_size)
     trainer = pl.Trainer(
         accelerator=device,
@@ -362,7 +389,7 @@ def fit(
             ModelCheckpoint(
                 output, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
-            TQDMProgressBar(refresh_rate=10, leave=True),
+            _ProgressBar(refresh_rate=10, leave=True),
         ],
         num_sanity_val_steps=0,
         enable_model_summary=False,
@@ -371,6 +398,8 @@ def fit(
         # The meshes are on the device already; workers would only copy them.
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+        # Lightning's own use of torch.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
         trainer.fit(
             module,
             MeshData(train, val, batch_size, seed),

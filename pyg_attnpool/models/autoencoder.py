@@ -157,6 +157,7 @@ def _pooling(
     kwargs: dict[str, Any] | None,
 ) -> torch.nn.Module:
     prior: Mapping = hierarchy.down[source] if source < target else hierarchy.up[target]
+    prior = prior.to(torch.get_default_dtype())
     if method == "qem":
         if kwargs:
             raise ValueError(f"Expected no pooling arguments with 'qem' (got {sorted(kwargs)})")

@@ -14,7 +14,8 @@ class MappingPool(torch.nn.Module):
     .. math::
         \mathbf{y}_i = \sum_{j=1}^{k} \textrm{weight}_{ij} \, \mathbf{x}_{\textrm{index}_{ij}}
 
-    It has buffers and no parameters.
+    It has buffers and no parameters. A :obj:`state_dict` of another mapping between the same
+    vertices can be loaded, with any number of slots, as that of a frozen attention has.
 
     Args:
         mapping (Mapping): The mapping, or any matrix that :meth:`Mapping.from_matrix` takes.
@@ -42,6 +43,13 @@ class MappingPool(torch.nn.Module):
 
     def _transpose(self):
         return transpose(ell_rowptr(self.index), self.index.flatten(), self.num_source)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any):
+        for name in ("index", "weight"):
+            loaded, own = state_dict.get(prefix + name), getattr(self, name)
+            if loaded is not None and loaded.shape[:-1] == own.shape[:-1]:
+                setattr(self, name, own.new_zeros(loaded.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @staticmethod
     def _refresh(module: "MappingPool", incompatible_keys: Any):

@@ -1,0 +1,71 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+CHECK = """
+import sys
+import torch
+from torch_geometric.nn import ChebConv
+import pyg_attnpool
+from pyg_attnpool import AttentionPool, Mapping, freeze_attention
+
+optional = "torch_sparse torch_scatter openmesh pytorch_lightning torchmetrics anny matplotlib"
+assert not {name for name in optional.split() if name in sys.modules}
+pool = AttentionPool(9, 4, channels=5)
+x = torch.randn(2, 9, 3)
+pool(x).sum().backward()
+assert torch.isfinite(pool.key.grad).all()
+torch.testing.assert_close(freeze_attention(pool)(x), pool(x))
+
+def sparse():
+    pool.mapping().to_sparse_tensor()
+
+def files():
+    open("mesh.obj", "w").write("v 0 0 0\\nv 1 0 0\\nv 0 1 0\\nf 1 2 3\\n")
+    from pyg_attnpool.mesh import read_mesh
+    read_mesh("mesh.obj")
+
+def train():
+    import pyg_attnpool.training
+
+def viz():
+    import pyg_attnpool.visualize
+
+def data():
+    from pyg_attnpool.datasets import AnnyFaces
+    AnnyFaces("faces")
+
+for use, package, line in [
+    (sparse, "torch_sparse", "pip install torch_scatter torch_sparse --no-build-isolation"),
+    (files, "openmesh", 'pip install "pyg_attnpool[mesh]" --no-build-isolation'),
+    (train, "pytorch_lightning", 'pip install "pyg_attnpool[train]"'),
+    (viz, "matplotlib", 'pip install "pyg_attnpool[viz]"'),
+    (data, "anny", 'pip install "pyg_attnpool[data]"'),
+]:
+    try:
+        use()
+    except ImportError as e:
+        assert package in str(e) and line in str(e), str(e)
+        print(e)
+    else:
+        raise AssertionError(f"{package} was not missed")
+"""
+
+
+@pytest.mark.slow
+def test_bare_install_pools_and_names_every_missing_extra(tmp_path):
+    def call(*command, **kwargs):
+        subprocess.run(command, check=True, timeout=1200, **kwargs)
+
+    # As in the Makefile: a Python without ensurepip will do.
+    call(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv/bin/python"
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet"]
+    call(*pip, f"torch==={torch.__version__}")
+    call(*pip, Path(__file__).parents[1])
+    work = tmp_path / "work"
+    work.mkdir()
+    call(python, "-c", CHECK, cwd=work)

@@ -1,0 +1,254 @@
+import re
+
+import pytest
+import torch
+
+pl = pytest.importorskip("pytorch_lightning")
+
+from pyg_attnpool.mesh import MeshHierarchy  # noqa: E402
+from pyg_attnpool.models import PCA, coma  # noqa: E402
+from pyg_attnpool.training import (  # noqa: E402
+    MeshData,
+    MeshTraining,
+    Standardized,
+    VertexError,
+    evaluate,
+    fit,
+)
+from tests.mesh.meshes import icosphere  # noqa: E402
+
+SMALL = dict(encoder_channels=(3, 4, 4), decoder_channels=(4, 4, 4, 3), latent_channels=2)
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    return MeshHierarchy.from_template(icosphere(1), factors=[3, 2])
+
+
+def meshes(num, seed=0):
+    r"""Spheres in metres, stretched along one axis and swollen."""
+    generator = torch.Generator().manual_seed(seed)
+    template = torch.from_numpy(icosphere(1)[0]).float() / 10
+    stretch = 1 + 0.2 * torch.rand(num, 1, 1, generator=generator)
+    axis = torch.tensor([1.0, 0.5, 0.2])
+    return template * stretch**axis * (1 + 0.1 * torch.rand(num, 1, 1, generator=generator))
+
+
+def model(hierarchy, pool="attention", seed=0, **kwargs):
+    torch.manual_seed(seed)
+    if pool == "attention":
+        kwargs |= dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
+    return coma(hierarchy, pool, latent_activation=None, **SMALL, **kwargs)
+
+
+def run(hierarchy, output, pool="attention", **kwargs):
+    kwargs = dict(epochs=4, batch_size=8, device="cpu") | kwargs
+    return fit(model(hierarchy, pool), hierarchy, meshes(37), meshes(9, 1), output, **kwargs)
+
+
+def equal(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("pool", ["qem", "attention"])
+@pytest.mark.parametrize("recipe", ["fast", "paper"])
+def test_training_lowers_the_error(tmp_path, hierarchy, pool, recipe):
+    test = meshes(20, 2)
+    untrained = Standardized.from_meshes(model(hierarchy, pool), meshes(37))
+    trained = run(hierarchy, tmp_path, pool, recipe=recipe, epochs=12)
+    assert evaluate(trained, test)["mean"] < 0.7 * evaluate(untrained, test)["mean"]
+    # What came back is the best epoch by the validation error it logged.
+    (log,) = tmp_path.glob("log/*/metrics.csv")
+    header, *lines = [line.split(",") for line in log.read_text().splitlines()]
+    logged = [float(line[header.index("val_mm")]) for line in lines if line[header.index("val_mm")]]
+    assert len(logged) == 12
+    error = evaluate(trained, meshes(9, 1))["mean"]
+    assert error == pytest.approx(min(logged), rel=1e-4)
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("recipe", ["fast", "paper"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch, recipe):
+    whole = run(hierarchy, tmp_path / "whole", recipe=recipe)
+
+    def kill(self):
+        if self.current_epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MeshTraining, "on_train_epoch_start", kill)
+        run(hierarchy, tmp_path / "killed", recipe=recipe)
+    steps = []
+    monkeypatch.setattr(MeshTraining, "on_train_epoch_start", lambda m: steps.append(m.global_step))
+    resumed = run(hierarchy, tmp_path / "killed", recipe=recipe, resume=True)
+    assert steps == [10, 15]  # it did not start from the beginning
+    assert equal(whole, resumed)
+    last = [
+        torch.load(tmp_path / name / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("whole", "killed")
+    ]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
+    # A run that is complete is not run again.
+    again = run(hierarchy, tmp_path / "killed", recipe=recipe, resume=True)
+    assert steps == [10, 15]
+    assert equal(again, whole)
+
+
+def test_same_seed_same_bits_other_seed_other_order(tmp_path, hierarchy):
+    first, second, third = (
+        run(hierarchy, tmp_path / str(i), epochs=2, seed=seed) for i, seed in enumerate((0, 0, 1))
+    )
+    assert equal(first, second)
+    assert not equal(first, third)
+
+
+def test_standardisation_is_that_of_the_training_meshes():
+    x = meshes(50)
+    x[:, 3] = torch.tensor([0.3, -0.2, 100.0])  # a vertex that never moves
+    identity = torch.nn.Identity()
+    standardized = Standardized.from_meshes(identity, x)
+    z = standardized.standardize(x)
+    torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
+    still = x.std(0) < 1e-6  # that vertex, and coordinates that are zero in every sphere
+    assert still[3].all() and not still.all()
+    expected = (~still).float()
+    torch.testing.assert_close(z.std(0, correction=0), expected, atol=1e-3, rtol=0)
+    assert torch.isfinite(z).all() and z[:, 3].abs().max() < 1e-3
+
+
+def test_vertex_error_has_the_true_median():
+    x = torch.zeros(2, 2, 3)
+    out = x.clone()
+    out[..., 0] = torch.tensor([[0.001, 0.002], [0.004, 0.013]])
+    metric = VertexError()
+    metric.update(out[:1], x[:1])
+    metric.update(out[1:], x[1:])
+    got = {name: value.item() for name, value in metric.compute().items()}
+    assert got["mean"] == pytest.approx(5)
+    assert got["median"] == pytest.approx(3)
+    assert got["std"] == pytest.approx((((4 - 0) ** 2 + 3**2 + 1 + 8**2) / 4) ** 0.5)
+
+
+def test_evaluate_counts_living_latent_channels():
+    x = meshes(40)
+    pca = PCA(x, 4)  # the meshes have two degrees of freedom, bent a little
+    assert evaluate(pca, x)["alive"] >= 2
+    pca.components[1:] = 0
+    assert evaluate(pca, x)["alive"] == 1
+
+
+def test_epochs_visit_every_mesh_once_in_new_order():
+    data = MeshData(meshes(37), meshes(9), batch_size=8, seed=3)
+    loader = data._loader(data.train, 8, 3)
+    seen = []
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        batches = list(loader)
+        assert [len(batch) for batch in batches] == [8, 8, 8, 8, 5]
+        seen.append(torch.cat(batches))
+        assert torch.equal(
+            seen[-1].flatten(1).sum(1).sort()[0], data.train.flatten(1).sum(1).sort()[0]
+        )
+    assert not torch.equal(seen[0], seen[1])
+
+
+def test_nan_stops_early_and_keeps_the_last_good_epoch(tmp_path, hierarchy, monkeypatch):
+    step = MeshTraining.training_step
+
+    def poison(self, x, index):
+        if self.current_epoch == 2:
+            with torch.no_grad():
+                self.model.model.to_latent.weight.fill_(float("nan"))
+        return step(self, x, index)
+
+    monkeypatch.setattr(MeshTraining, "training_step", poison)
+    with pytest.raises(ValueError, match=r"finite loss .got nan at step 10.: lower the learning"):
+        run(hierarchy, tmp_path)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert state["epoch"] == 1
+    assert all(torch.isfinite(value).all() for value in state["state_dict"].values())
+
+
+def test_checkpoint_of_another_run_is_refused_and_kept(tmp_path, hierarchy):
+    run(hierarchy, tmp_path, epochs=1)
+    before = (tmp_path / "last.ckpt").read_bytes()
+    other = MeshHierarchy.from_template(icosphere(1), factors=[3, 3])
+    x, val = meshes(37), meshes(9, 1)
+    kwargs = dict(epochs=1, batch_size=8, device="cpu", resume=True)
+    cases = [
+        (lambda: fit(model(other), other, x, val, tmp_path, **kwargs), other.hash),
+        (lambda: run(hierarchy, tmp_path, resume=True, epochs=2), "'epochs': 2.*'epochs': 1"),
+        (lambda: run(hierarchy, tmp_path, resume=True, epochs=1, recipe="paper"), "'paper'"),
+        (
+            lambda: run(hierarchy, tmp_path, "qem", epochs=1, resume=True),
+            "checkpoint of this model",
+        ),
+    ]
+    for case, message in cases:
+        with pytest.raises(ValueError, match=message):
+            case()
+        assert (tmp_path / "last.ckpt").read_bytes() == before
+
+
+def test_damaged_checkpoints_are_refused(tmp_path, hierarchy):
+    run(hierarchy, tmp_path, epochs=1)
+    path = tmp_path / "last.ckpt"
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not a checkpoint"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=re.escape(str(path))):
+            run(hierarchy, tmp_path, epochs=1, resume=True)
+    torch.save({"weights": torch.zeros(3)}, path)
+    with pytest.raises(ValueError, match="something else"):
+        run(hierarchy, tmp_path, epochs=1, resume=True)
+
+
+class Evil:
+    def __reduce__(self):
+        return eval, ("1 / 0",)
+
+
+def test_nothing_is_unpickled_from_a_checkpoint(tmp_path, hierarchy):
+    torch.save({"state_dict": {}, "evil": Evil()}, tmp_path / "last.ckpt")
+    with pytest.raises(ValueError, match="whole checkpoint"):
+        run(hierarchy, tmp_path, epochs=1, resume=True)
+
+
+def test_bad_arguments(tmp_path, hierarchy):
+    x, val = meshes(20), meshes(5, 1)
+    broken = x.clone()
+    broken[7, 2, 1] = float("nan")
+    cases = [
+        (dict(train=broken), "finite training meshes .got NaN or infinity in mesh 7"),
+        (dict(train=x[:, :10]), "42 vertices as the template has .got 10"),
+        (dict(val=val[..., :2]), r"validation meshes of shape \[M, N, 3\] .got \[5, 42, 2\]"),
+        (dict(train=x[:0]), r"training meshes of shape .*\[0, 42, 3\]"),
+        (dict(epochs=0), "positive 'epochs'"),
+        (dict(recipe="slow"), "'recipe' to be one of"),
+    ]
+    (tmp_path / "last.ckpt").write_text("precious")
+    for change, message in cases:
+        arguments = dict(train=x, val=val, epochs=1, output=tmp_path, device="cpu") | change
+        with pytest.raises(ValueError, match=message):
+            fit(model(hierarchy), hierarchy, **arguments)
+    assert (tmp_path / "last.ckpt").read_text() == "precious"
+
+
+def test_frozen_model_loads_into_its_qem_twin(tmp_path, hierarchy):
+    from pyg_attnpool import freeze_attention
+
+    trained = run(hierarchy, tmp_path, epochs=1)
+    x = meshes(5, 3)
+    with torch.no_grad():
+        expected = trained.eval()(x)
+    torch.save(freeze_attention(trained).state_dict(), tmp_path / "frozen.pt")
+
+    state = torch.load(tmp_path / "frozen.pt", weights_only=True)
+    twin = Standardized(model(hierarchy, "qem", seed=9), state["mean"], state["std"])
+    twin.load_state_dict(state)
+    with torch.no_grad():
+        torch.testing.assert_close(twin(x), expected)
