@@ -36,7 +36,6 @@ setup(
         "dev": ["pytest>=8", "ruff==0.14.5", "pre-commit>=4"],
     },
     classifiers=[
-        "License :: OSI Approved :: MIT License",
         "Programming Language :: Python :: 3.11",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
     ],
