@@ -185,10 +185,10 @@ class MeshHierarchy:
             source, digest = str(arrays.pop("source")), str(arrays.pop("hash"))
         except FileNotFoundError:
             raise
-        except (OSError, EOFError, KeyError, TypeError, ValueError, AttributeError) as e:
-            raise ValueError(f"Expected a mesh hierarchy in {path} (got {e})") from e
-        except (zipfile.BadZipFile, zlib.error) as e:
-            raise ValueError(f"Expected a whole mesh hierarchy in {path} (got {e})") from e
+        except KeyError as e:
+            raise ValueError(f"Expected a mesh hierarchy in {path} (got a file without {e})") from e
+        except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+            raise ValueError(f"Expected a whole mesh hierarchy in {path} (got: {e})") from e
         if version != VERSION:
             raise ValueError(
                 f"Expected a mesh hierarchy of version {VERSION} in {path} (got {version}): make "
