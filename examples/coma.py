@@ -20,8 +20,8 @@ import tyro
 
 from pyg_attnpool import freeze_attention
 from pyg_attnpool.datasets import AnnyFaces, RegisteredMeshes
+from pyg_attnpool.files import replacing
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.mesh.io import replacing
 from pyg_attnpool.models import PCA, coma
 from pyg_attnpool.training import evaluate, fit
 from pyg_attnpool.visualize import plot_reconstructions

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyg_attnpool.mesh.io import replacing
+from pyg_attnpool.files import replacing
 
 try:
     import matplotlib

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import hashlib
 import re
 import tempfile
 import warnings
@@ -15,6 +14,7 @@ from numpy import ndarray
 from tqdm import tqdm
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.files import digest, replacing
 
 # Part of every stored file: raised with every change of the meshes made here.
 GENERATOR = 1
@@ -353,20 +353,9 @@ def _load_blend_shape(filename, vertices_count, world_transformation, dtype):
     return world_transformation.apply(offset)
 
 
-def _sha256(arrays: dict[str, ndarray]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        digest.update(array.data)
-    return digest.hexdigest()
-
-
 def _save(path: Path, arrays: dict[str, ndarray]):
-    from pyg_attnpool.mesh.io import replacing
-
     with replacing(path) as temporary:
-        np.savez(temporary, **arrays, sha256=np.array(_sha256(arrays)))
+        np.savez(temporary, **arrays, sha256=np.array(digest(arrays)))
 
 
 def _load(path: Path, frames: int, seed: int) -> dict[str, ndarray] | None:
@@ -375,7 +364,7 @@ def _load(path: Path, frames: int, seed: int) -> dict[str, ndarray] | None:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        if str(arrays.pop("sha256")) != _sha256(arrays):
+        if str(arrays.pop("sha256")) != digest(arrays):
             raise ValueError("another checksum")
         made = tuple(int(arrays[name]) for name in ("generator", "frames", "seed"))
     except (BadZipFile, EOFError, KeyError, OSError, ValueError, zlib.error) as e:

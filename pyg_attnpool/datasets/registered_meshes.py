@@ -12,8 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
-
-SUFFIXES = (".obj", ".ply", ".off", ".stl")
+from pyg_attnpool.mesh.io import SUFFIXES, read_mesh
 
 
 class RegisteredMeshes(MeshDataset):
@@ -92,8 +91,6 @@ def _check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray
 
 
 def _read_mesh(path: Path) -> tuple[ndarray, ndarray]:
-    from pyg_attnpool.mesh.io import read_mesh
-
     vertices, faces = read_mesh(path)
     if not np.isfinite(vertices).all():
         raise ValueError(f"Expected finite vertices in {path} (got NaN or infinity)")

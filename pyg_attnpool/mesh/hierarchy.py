@@ -1,10 +1,9 @@
 from __future__ import annotations
 
-import hashlib
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +11,10 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from pyg_attnpool.files import digest, replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
-from pyg_attnpool.mesh.io import check_mesh, read_mesh, replacing
+from pyg_attnpool.mesh.io import check_mesh, read_mesh
 from pyg_attnpool.mesh.qem import decimate
 
 VERSION = 1  # of the file, and of the way a hierarchy is made from a template
@@ -141,7 +141,7 @@ class MeshHierarchy:
     @property
     def hash(self) -> str:
         r"""A hash of all levels and mappings: models of equal hashes are exchangeable."""
-        return _digest(self._arrays().values())
+        return digest(self._arrays())
 
     def edge_index(self, level: int) -> Tensor:
         r"""The edges :obj:`[2, E]` of a level in both directions, sorted, without duplicates."""
@@ -166,7 +166,7 @@ class MeshHierarchy:
                 f,
                 version=np.array(VERSION),
                 source=np.array(self._source()),
-                hash=np.array(_digest(arrays.values())),
+                hash=np.array(digest(arrays)),
                 **arrays,
             )
 
@@ -182,7 +182,7 @@ class MeshHierarchy:
             with np.load(path, allow_pickle=False) as file:
                 arrays = dict(file)
             version = int(arrays.pop("version"))
-            source, digest = str(arrays.pop("source")), str(arrays.pop("hash"))
+            source, stored = str(arrays.pop("source")), str(arrays.pop("hash"))
         except FileNotFoundError:
             raise
         except KeyError as e:
@@ -194,7 +194,7 @@ class MeshHierarchy:
                 f"Expected a mesh hierarchy of version {VERSION} in {path} (got {version}): make "
                 f"it again from the template"
             )
-        if digest != _digest(arrays[name] for name in sorted(arrays)):
+        if stored != digest(arrays):
             raise ValueError(f"Expected a whole mesh hierarchy in {path} (got a damaged one)")
         steps = sum(name.startswith("down_index") for name in arrays)
 
@@ -226,7 +226,7 @@ class MeshHierarchy:
             for level, mapping in enumerate(mappings):
                 arrays[f"{name}_index{level}"] = mapping.index.numpy(force=True)
                 arrays[f"{name}_weight{level}"] = mapping.weight.numpy(force=True)
-        return {name: arrays[name] for name in sorted(arrays)}
+        return arrays
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.num_vertices})"
@@ -256,12 +256,5 @@ def _counts(
 
 
 def _source(vertices: ndarray, faces: ndarray, counts: Sequence[int]) -> str:
-    return _digest([vertices, faces, np.array([VERSION, *counts])])
-
-
-def _digest(arrays: Iterable[ndarray]) -> str:
-    digest = hashlib.sha256()
-    for array in arrays:
-        digest.update(f"{array.dtype.str}{array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+    levels = np.array([VERSION, *counts])
+    return digest({"vertices": vertices, "faces": faces, "levels": levels})

@@ -1,12 +1,13 @@
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy import ndarray
+
+from pyg_attnpool.files import replacing
 
 SUFFIXES = (".obj", ".ply", ".off", ".stl")
 
@@ -276,20 +277,6 @@ def _fans(polygons: ndarray) -> ndarray:
         axis=1,
     ).reshape(-1, 3)
     return corners[corners[:, 2] >= 0]
-
-
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    r"""Yields a temporary name beside :obj:`path`, with the same suffix; what is written there
-    takes the place of :obj:`path` when the block ends without an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
