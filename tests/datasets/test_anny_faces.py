@@ -11,6 +11,7 @@ import torch
 from pyg_attnpool.datasets import AnnyFaces, anny_faces
 from pyg_attnpool.mesh.io import check_mesh
 
+pytest.importorskip("anny")
 LOAD_ANNY = anny_faces._load_anny
 FRAMES = 3  # a sixth of the way, the peak, a sixth before the end
 EXPRESSIONS = [

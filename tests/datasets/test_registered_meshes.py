@@ -4,6 +4,7 @@ import torch
 
 from pyg_attnpool.datasets import RegisteredMeshes
 
+pytest.importorskip("openmesh")
 FACES = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
 
 
