@@ -36,8 +36,9 @@ $(VENV)/.complete: setup.py Makefile
 	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) torch===$(TORCH); \
 	  else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || $(INSTALL) torch==$(TORCH); fi,\
 	  Check the network and free disk space.)
+	# openmesh asks for a CMake of before 4.
 	$(call step,3/5 build helpers,\
-	  $(INSTALL) "setuptools<81" wheel setuptools_scm vcs_versioning cmake ninja numpy,\
+	  $(INSTALL) "setuptools<81" wheel setuptools_scm vcs_versioning "cmake<4" ninja numpy,\
 	  Check the network.)
 	$(call step,4/5 torch_scatter torch_sparse openmesh (without wheels they compile: some 15 minutes),\
 	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
