@@ -26,6 +26,7 @@ define step
 endef
 INSTALL := $(RUN) -m pip install --progress-bar on
 
+# openmesh needs a CMake of before 4 and a setuptools of before 81.
 $(VENV)/.complete: setup.py Makefile
 	$(call step,1/5 virtual environment in $(VENV),\
 	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 11)' \
@@ -36,7 +37,6 @@ $(VENV)/.complete: setup.py Makefile
 	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) torch===$(TORCH); \
 	  else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || $(INSTALL) torch==$(TORCH); fi,\
 	  Check the network and free disk space.)
-	# openmesh asks for a CMake of before 4.
 	$(call step,3/5 build helpers,\
 	  $(INSTALL) "setuptools<81" wheel setuptools_scm vcs_versioning "cmake<4" ninja numpy,\
 	  Check the network.)

@@ -1,0 +1,167 @@
+r"""Spirals: the neighbours of every vertex in one order."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from numpy import ndarray
+
+from pyg_attnpool.mesh.io import check_mesh
+
+GAP = -1  # where a spiral passes a boundary, and where it has ended
+
+
+def spiral_sequences(
+    vertices: ndarray,
+    faces: ndarray,
+    hops: int = 1,
+    reference: Sequence[int] | None = None,
+    dilation: int = 1,
+    length: int | None = None,
+    truncate: bool = False,
+) -> ndarray:
+    r"""The spiral of every vertex: itself, then its neighbours ring by ring, counter-clockwise as
+    seen from the side that the faces' orientation calls outside.
+
+    The first ring starts at the neighbour on the shortest path to the reference vertex, by
+    Euclidean edge lengths (the reference vertex itself: at its nearest neighbour), so that spirals
+    are alike across the mesh. Every further ring starts outside of the first step of the ring
+    before. By default the spirals are those of the `"Neural 3D Morphable Models"
+    <https://arxiv.org/abs/1905.02876>`_ paper: all vertices up to :obj:`hops` edges away, and -1
+    where a ring passes a boundary. With :obj:`length` they are those of the `"SpiralNet++"
+    <https://arxiv.org/abs/1911.05856>`_ paper: as many vertices from as many rings as it takes, and
+    nothing at boundaries.
+
+    Args:
+        vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
+        faces (numpy.ndarray): Faces :obj:`[F, 3]` of an orientable manifold.
+        hops (int, optional): The number of rings. (default: :obj:`1`)
+        reference (list, optional): Reference vertices. A component without one takes its vertex
+            that lies farthest from its mean. (default: :obj:`None`)
+        dilation (int, optional): Keeps every :obj:`dilation`-th entry. (default: :obj:`1`)
+        length (int, optional): The length of every spiral after dilation, in place of
+            :obj:`hops`. In a component of too few vertices, -1 fills it. (default: :obj:`None`)
+        truncate (bool, optional): If :obj:`True`, cuts spirals at the mean plus two standard
+            deviations of all their lengths. (default: :obj:`False`)
+
+    Returns:
+        Spirals :obj:`[N, L]` (int64), filled up with -1.
+
+    Raises:
+        ValueError: If the mesh is not valid, a reference is no vertex, or a number not positive.
+    """
+    vertices, faces = check_mesh(vertices, faces)
+    if min(hops, dilation, 1 if length is None else length) < 1:
+        raise ValueError(
+            f"Expected positive 'hops', 'dilation' and 'length' (got {hops}, {dilation} and "
+            f"{length})"
+        )
+    if length is not None and (hops != 1 or truncate):
+        raise ValueError("Expected either 'length' or 'hops' and 'truncate' (got both)")
+    rings = _Rings(faces, len(vertices))
+    start = _starts(vertices, faces, reference)
+    spirals = []
+    for vertex in range(len(vertices)):
+        spiral = [vertex]
+        for hop, ring in enumerate(rings.around(vertex, int(start[vertex])), start=1):
+            if length is not None:
+                ring = [v for v in ring if v != GAP]
+            spiral += ring
+            if hop == hops if length is None else len(spiral) > (length - 1) * dilation:
+                break
+        spirals.append(spiral[::dilation])
+
+    lengths = np.array([len(spiral) for spiral in spirals])
+    if length is None:
+        length = lengths.max()
+        if truncate:
+            length = min(length, int(lengths.mean() + 2 * lengths.std()))
+    out = np.full((len(spirals), length), GAP)
+    for row, spiral in zip(out, spirals, strict=True):
+        row[: len(spiral)] = spiral[:length]
+    return out
+
+
+class _Rings:
+    # after[i][b] = c for every face (i, b, c): around vertex i, neighbour c follows neighbour b.
+    # At a boundary the last neighbour has none after it, and the order starts at first[i].
+    def __init__(self, faces: ndarray, num_vertices: int):
+        self.after: list[dict[int, int]] = [{} for _ in range(num_vertices)]
+        for a, b, c in faces.tolist():
+            self.after[a][b], self.after[b][c], self.after[c][a] = c, a, b
+        self.first = [next(iter(after.keys() - set(after.values())), None) for after in self.after]
+
+    def turn(self, vertex: int, start: int) -> Iterator[int]:
+        # The neighbours of a vertex once around from one of them, with the gap of a boundary.
+        after, current = self.after[vertex], start
+        while True:
+            yield current
+            current = after.get(current, GAP)
+            if current == GAP:
+                yield GAP
+                current = self.first[vertex]
+            if current == start:
+                return
+
+    def around(self, vertex: int, start: int) -> Iterator[list[int]]:
+        # The rings of a vertex from the inside out.
+        ring = list(self.turn(vertex, start))
+        seen = {vertex, *ring}
+        while any(v != GAP for v in ring):
+            yield ring
+            ring = self._next(ring, seen)
+
+    def _next(self, ring: list[int], seen: set[int]) -> list[int]:
+        # The vertices outside of a ring, along it: around each of its vertices those that lie
+        # between the vertices before and after it on the ring.
+        outside, start = [], 0
+        for i, vertex in enumerate(ring):
+            before, behind = ring[i - 1], ring[(i + 1) % len(ring)]
+            if vertex != GAP:
+                entry = self.first[vertex] if before == GAP else before
+                for neighbour in self.turn(vertex, entry):
+                    if neighbour == behind and neighbour != entry:
+                        break
+                    if neighbour == GAP or neighbour not in seen:
+                        outside.append(neighbour)
+                        seen.add(neighbour)
+            elif outside[-1:] != [GAP]:
+                outside.append(GAP)
+            if i == 0 and GAP in (before, *outside[:1]):
+                # No face outside of the ring's last step: start outside of its first one.
+                start = max(len(outside) - 1, 0)
+        outside = outside[start:] + outside[:start]
+        return [v for i, v in enumerate(outside) if v != GAP or outside[i - 1 : i] != [GAP]]
+
+
+def _starts(vertices: ndarray, faces: ndarray, reference: Sequence[int] | None) -> ndarray:
+    # The neighbour of every vertex at which its spiral starts.
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components, dijkstra
+
+    num_vertices = len(vertices)
+    reference = np.array([] if reference is None else reference, dtype=np.int64).ravel()
+    if len(reference) > 0 and not 0 <= reference.min() <= reference.max() < num_vertices:
+        raise ValueError(
+            f"Expected 'reference' vertices from 0 to {num_vertices - 1} (got {reference.tolist()})"
+        )
+    edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    edge = np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
+    length = np.linalg.norm(vertices[edge[:, 0]] - vertices[edge[:, 1]], axis=1)
+    # An edge of no length would be no edge to the graph.
+    length = np.maximum(length, np.finfo(float).tiny)
+    graph = coo_array((length, edge.T), shape=(num_vertices, num_vertices)).tocsr()
+
+    _, component = connected_components(graph, directed=False)
+    for label in np.setdiff1d(component, component[reference]):
+        members = np.flatnonzero(component == label)
+        offset = vertices[members] - vertices[members].mean(axis=0)
+        farthest = members[np.linalg.norm(offset, axis=1).argmax()]
+        reference = np.append(reference, farthest)
+    _, start, _ = dijkstra(
+        graph, directed=False, indices=reference, return_predecessors=True, min_only=True
+    )
+    for vertex in reference:
+        neighbours = graph.indices[graph.indptr[vertex] : graph.indptr[vertex + 1]]
+        lengths = graph.data[graph.indptr[vertex] : graph.indptr[vertex + 1]]
+        start[vertex] = neighbours[lengths.argmin()]
+    return start
