@@ -2,6 +2,7 @@ from pyg_attnpool.mesh.closest import barycentric_mapping
 from pyg_attnpool.mesh.hierarchy import MeshHierarchy
 from pyg_attnpool.mesh.io import check_mesh, read_mesh, write_mesh
 from pyg_attnpool.mesh.qem import decimate
+from pyg_attnpool.mesh.spiral import spiral_sequences
 
 __all__ = [
     "MeshHierarchy",
@@ -9,5 +10,6 @@ __all__ = [
     "check_mesh",
     "decimate",
     "read_mesh",
+    "spiral_sequences",
     "write_mesh",
 ]

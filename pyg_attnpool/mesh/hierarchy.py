@@ -16,6 +16,7 @@ from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
 from pyg_attnpool.mesh.io import check_mesh, read_mesh
 from pyg_attnpool.mesh.qem import decimate
+from pyg_attnpool.mesh.spiral import reference_vertices, spiral_sequences
 
 VERSION = 1  # of the file, and of the way a hierarchy is made from a template
 
@@ -157,6 +158,28 @@ class MeshHierarchy:
         std = template.std(axis=0)
         std[std == 0] = 1  # a flat template
         return torch.from_numpy((self.vertices[level] - template.mean(axis=0)) / std).float()
+
+    def spirals(
+        self,
+        level: int,
+        hops: int = 1,
+        dilation: int = 1,
+        length: int | None = None,
+        reference: Sequence[int] | None = None,
+        truncate: bool = False,
+    ) -> Tensor:
+        r"""The spirals :obj:`[n_l, L]` of a level, see
+        :meth:`~pyg_attnpool.mesh.spiral_sequences`. Reference vertices are those of the template;
+        on a coarser level the vertices nearest to them take their place."""
+        template, vertices = self.vertices[0], self.vertices[level]
+        nearest = [
+            int(np.linalg.norm(vertices - template[r], axis=1).argmin())
+            for r in reference_vertices(template, self.faces[0], reference)
+        ]
+        spirals = spiral_sequences(
+            vertices, self.faces[level], hops, nearest, dilation, length, truncate
+        )
+        return torch.from_numpy(spirals)
 
     def save(self, path: str | Path):
         r"""Writes the hierarchy to an :obj:`.npz` file, under a temporary name first."""

@@ -58,7 +58,7 @@ def spiral_sequences(
     if length is not None and (hops != 1 or truncate):
         raise ValueError("Expected either 'length' or 'hops' and 'truncate' (got both)")
     rings = _Rings(faces, len(vertices))
-    start = _starts(vertices, faces, reference)
+    start = _starts(vertices, faces, reference_vertices(vertices, faces, reference))
     spirals = []
     for vertex in range(len(vertices)):
         spiral = [vertex]
@@ -133,35 +133,46 @@ class _Rings:
         return [v for i, v in enumerate(outside) if v != GAP or outside[i - 1 : i] != [GAP]]
 
 
-def _starts(vertices: ndarray, faces: ndarray, reference: Sequence[int] | None) -> ndarray:
-    # The neighbour of every vertex at which its spiral starts.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components, dijkstra
+def reference_vertices(
+    vertices: ndarray, faces: ndarray, reference: Sequence[int] | None = None
+) -> ndarray:
+    r"""The reference vertices given and, for every component without one, its vertex that lies
+    farthest from its mean."""
+    from scipy.sparse.csgraph import connected_components
 
-    num_vertices = len(vertices)
     reference = np.array([] if reference is None else reference, dtype=np.int64).ravel()
-    if len(reference) > 0 and not 0 <= reference.min() <= reference.max() < num_vertices:
+    if len(reference) > 0 and not 0 <= reference.min() <= reference.max() < len(vertices):
         raise ValueError(
-            f"Expected 'reference' vertices from 0 to {num_vertices - 1} (got {reference.tolist()})"
+            f"Expected 'reference' vertices from 0 to {len(vertices) - 1} (got {reference.tolist()})"
         )
+    _, component = connected_components(_edge_lengths(vertices, faces), directed=False)
+    for label in np.setdiff1d(component, component[reference]):
+        members = np.flatnonzero(component == label)
+        offset = vertices[members] - vertices[members].mean(axis=0)
+        reference = np.append(reference, members[np.linalg.norm(offset, axis=1).argmax()])
+    return reference
+
+
+def _edge_lengths(vertices: ndarray, faces: ndarray):
+    from scipy.sparse import coo_array
+
     edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
     edge = np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
     length = np.linalg.norm(vertices[edge[:, 0]] - vertices[edge[:, 1]], axis=1)
     # An edge of no length would be no edge to the graph.
     length = np.maximum(length, np.finfo(float).tiny)
-    graph = coo_array((length, edge.T), shape=(num_vertices, num_vertices)).tocsr()
+    return coo_array((length, edge.T), shape=(len(vertices), len(vertices))).tocsr()
 
-    _, component = connected_components(graph, directed=False)
-    for label in np.setdiff1d(component, component[reference]):
-        members = np.flatnonzero(component == label)
-        offset = vertices[members] - vertices[members].mean(axis=0)
-        farthest = members[np.linalg.norm(offset, axis=1).argmax()]
-        reference = np.append(reference, farthest)
+
+def _starts(vertices: ndarray, faces: ndarray, reference: ndarray) -> ndarray:
+    # The neighbour of every vertex at which its spiral starts.
+    from scipy.sparse.csgraph import dijkstra
+
+    graph = _edge_lengths(vertices, faces)
     _, start, _ = dijkstra(
         graph, directed=False, indices=reference, return_predecessors=True, min_only=True
     )
     for vertex in reference:
-        neighbours = graph.indices[graph.indptr[vertex] : graph.indptr[vertex + 1]]
-        lengths = graph.data[graph.indptr[vertex] : graph.indptr[vertex + 1]]
-        start[vertex] = neighbours[lengths.argmin()]
+        row = slice(graph.indptr[vertex], graph.indptr[vertex + 1])
+        start[vertex] = graph.indices[row][graph.data[row].argmin()]
     return start
