@@ -2,7 +2,7 @@ from pyg_attnpool import models, nn
 from pyg_attnpool.export import freeze_attention
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, StaticChebConv
+from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
 
 __version__ = "0.1.0"
 
@@ -12,6 +12,7 @@ __all__ = [
     "Mapping",
     "MappingPool",
     "MeshHierarchy",
+    "SpiralConv",
     "StaticChebConv",
     "__version__",
     "freeze_attention",

@@ -143,7 +143,8 @@ def reference_vertices(
     reference = np.array([] if reference is None else reference, dtype=np.int64).ravel()
     if len(reference) > 0 and not 0 <= reference.min() <= reference.max() < len(vertices):
         raise ValueError(
-            f"Expected 'reference' vertices from 0 to {len(vertices) - 1} (got {reference.tolist()})"
+            f"Expected 'reference' vertices from 0 to {len(vertices) - 1} "
+            f"(got {reference.tolist()})"
         )
     _, component = connected_components(_edge_lengths(vertices, faces), directed=False)
     for label in np.setdiff1d(component, component[reference]):

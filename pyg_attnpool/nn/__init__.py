@@ -1,5 +1,6 @@
 from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.nn.mapping_pool import MappingPool
+from pyg_attnpool.nn.spiral_conv import SpiralConv
 
-__all__ = ["AttentionPool", "AttentionUnpool", "MappingPool", "StaticChebConv"]
+__all__ = ["AttentionPool", "AttentionUnpool", "MappingPool", "SpiralConv", "StaticChebConv"]
