@@ -1,5 +1,6 @@
 from pyg_attnpool.models.autoencoder import MeshAutoencoder
 from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 
-__all__ = ["PCA", "MeshAutoencoder", "coma"]
+__all__ = ["PCA", "MeshAutoencoder", "coma", "neural3dmm"]

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -7,10 +7,18 @@ from torch.nn import Linear, ModuleList
 
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, StaticChebConv
+from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
 
 ENCODER_CHANNELS = (3, 16, 16, 16, 32)
 DECODER_CHANNELS = (32, 32, 16, 16, 16, 3)
+WIDER_ENCODER_CHANNELS = (3, 16, 32, 64, 128)
+WIDER_DECODER_CHANNELS = (128, 64, 32, 32, 16, 3)
+
+ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "elu": torch.nn.functional.elu,
+    None: lambda x: x,
+}
 
 
 class MeshAutoencoder(torch.nn.Module):
@@ -20,12 +28,13 @@ class MeshAutoencoder(torch.nn.Module):
 
     Level :math:`l` of the encoder convolves, activates and pools to level :math:`l + 1`; level
     :math:`l` of the decoder unpools from level :math:`l + 1`, convolves and activates; a last
-    convolution without bias and activation follows.
+    convolution without activation follows.
 
     Args:
         hierarchy (MeshHierarchy): The levels of the template.
         conv (str, optional): The convolution, :obj:`"cheb"`
-            (:class:`~pyg_attnpool.nn.StaticChebConv`). (default: :obj:`"cheb"`)
+            (:class:`~pyg_attnpool.nn.StaticChebConv`) or :obj:`"spiral"`
+            (:class:`~pyg_attnpool.nn.SpiralConv`). (default: :obj:`"cheb"`)
         down (str, optional): The pooling, :obj:`"qem"` (the hierarchy's own mapping) or
             :obj:`"attention"` (:class:`~pyg_attnpool.nn.AttentionPool` over it).
             (default: :obj:`"qem"`)
@@ -37,9 +46,17 @@ class MeshAutoencoder(torch.nn.Module):
             convolution of each level from coarse to fine, and the output channels.
             (default: :obj:`(32, 32, 16, 16, 16, 3)`)
         latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
-        latent_activation (str, optional): :obj:`"relu"` as published, or :obj:`None`. A ReLU can
-            kill a latent dimension for good. (default: :obj:`"relu"`)
+        activation (str, optional): The activation after every convolution but the last,
+            :obj:`"relu"`, :obj:`"elu"` or :obj:`None`. (default: :obj:`"relu"`)
+        latent_activation (str, optional): That of the latent code. A ReLU can kill a latent
+            dimension for good. (default: :obj:`"relu"`)
+        expand_activation (str, optional): That of the fully connected layer from the latent code
+            back to the coarsest level. (default: :obj:`"relu"`)
+        out_bias (bool, optional): If set to :obj:`True`, the last convolution learns a bias.
+            (default: :obj:`False`)
         K (int, optional): Chebyshev filter size. (default: :obj:`6`)
+        spirals (dict, optional): Arguments of :meth:`MeshHierarchy.spirals`, such as :obj:`hops`;
+            a list holds one value per level. (default: :obj:`None`)
         down_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionPool`, such as
             :obj:`k` or :obj:`init`. (default: :obj:`None`)
         up_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionUnpool`. Where a
@@ -59,8 +76,12 @@ class MeshAutoencoder(torch.nn.Module):
         encoder_channels: Sequence[int] = ENCODER_CHANNELS,
         decoder_channels: Sequence[int] = DECODER_CHANNELS,
         latent_channels: int = 8,
+        activation: str | None = "relu",
         latent_activation: str | None = "relu",
+        expand_activation: str | None = "relu",
+        out_bias: bool = False,
         K: int = 6,
+        spirals: dict[str, Any] | None = None,
         down_kwargs: dict[str, Any] | None = None,
         up_kwargs: dict[str, Any] | None = None,
     ):
@@ -68,8 +89,8 @@ class MeshAutoencoder(torch.nn.Module):
         up = down if up is None else up
         num_vertices = hierarchy.num_vertices
         steps = len(num_vertices) - 1
-        if conv != "cheb":
-            raise ValueError(f"Expected 'conv' to be 'cheb' (got {conv!r})")
+        if conv not in ("cheb", "spiral"):
+            raise ValueError(f"Expected 'conv' to be 'cheb' or 'spiral' (got {conv!r})")
         if len(encoder_channels) != steps + 1 or len(decoder_channels) != steps + 2:
             raise ValueError(
                 f"Expected {steps + 1} 'encoder_channels' and {steps + 2} 'decoder_channels' for a "
@@ -78,19 +99,32 @@ class MeshAutoencoder(torch.nn.Module):
             )
         if latent_channels < 1:
             raise ValueError(f"Expected 'latent_channels' to be positive (got {latent_channels})")
-        if latent_activation not in ("relu", None):
-            raise ValueError(
-                f"Expected 'latent_activation' to be 'relu' or None (got {latent_activation!r})"
-            )
+        chosen = {
+            "activation": activation,
+            "latent_activation": latent_activation,
+            "expand_activation": expand_activation,
+        }
+        for name, value in chosen.items():
+            if value not in ACTIVATIONS:
+                raise ValueError(f"Expected '{name}' to be 'relu', 'elu' or None (got {value!r})")
 
         self.num_vertices = tuple(num_vertices)
         self.latent_channels = latent_channels
+        self.activation = activation
         self.latent_activation = latent_activation
+        self.expand_activation = expand_activation
+
+        # A level serves a convolution of the encoder and one or two of the decoder.
+        neighbours = [
+            hierarchy.edge_index(level) if conv == "cheb" else _spirals(hierarchy, level, spirals)
+            for level in range(steps)
+        ]
 
         def make_conv(level: int, in_channels: int, out_channels: int, bias: bool = True):
-            edge_index = hierarchy.edge_index(level)
+            if conv == "spiral":
+                return SpiralConv(in_channels, out_channels, neighbours[level], bias)
             return StaticChebConv(
-                in_channels, out_channels, K, edge_index, num_vertices[level], bias
+                in_channels, out_channels, K, neighbours[level], num_vertices[level], bias
             )
 
         self.down_convs = ModuleList(
@@ -112,7 +146,7 @@ class MeshAutoencoder(torch.nn.Module):
             make_conv(level, decoder_channels[i], decoder_channels[i + 1])
             for i, level in enumerate(reversed(range(steps)))
         )
-        self.out_conv = make_conv(0, decoder_channels[-2], decoder_channels[-1], bias=False)
+        self.out_conv = make_conv(0, decoder_channels[-2], decoder_channels[-1], out_bias)
 
     def encode(self, x: Tensor) -> Tensor:
         r"""Vertex features :obj:`[B, N, 3]` to latent codes :obj:`[B, latent_channels]`."""
@@ -121,10 +155,10 @@ class MeshAutoencoder(torch.nn.Module):
                 f"Expected vertices of shape [B, {self.num_vertices[0]}, "
                 f"{self.down_convs[0].in_channels}] (got {list(x.shape)})"
             )
+        activation = ACTIVATIONS[self.activation]
         for conv, pool in zip(self.down_convs, self.pools, strict=True):
-            x = pool(conv(x).relu())
-        z = self.to_latent(x.flatten(1))
-        return z.relu() if self.latent_activation == "relu" else z
+            x = pool(activation(conv(x)))
+        return ACTIVATIONS[self.latent_activation](self.to_latent(x.flatten(1)))
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Latent codes :obj:`[B, latent_channels]` to vertex features :obj:`[B, N, 3]`."""
@@ -132,9 +166,11 @@ class MeshAutoencoder(torch.nn.Module):
             raise ValueError(
                 f"Expected latent codes of shape [B, {self.latent_channels}] (got {list(z.shape)})"
             )
-        x = self.from_latent(z).relu().unflatten(1, (self.num_vertices[-1], -1))
+        activation = ACTIVATIONS[self.activation]
+        x = ACTIVATIONS[self.expand_activation](self.from_latent(z))
+        x = x.unflatten(1, (self.num_vertices[-1], -1))
         for conv, unpool in zip(self.up_convs, self.unpools, strict=True):
-            x = conv(unpool(x)).relu()
+            x = activation(conv(unpool(x)))
         return self.out_conv(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -146,6 +182,21 @@ class MeshAutoencoder(torch.nn.Module):
             f"{self.__class__.__name__}(num_vertices={list(self.num_vertices)}, "
             f"latent_channels={self.latent_channels})"
         )
+
+
+def _spirals(hierarchy: MeshHierarchy, level: int, options: dict[str, Any] | None) -> Tensor:
+    # Reference vertices are of the template for all levels; other lists hold a value per level.
+    steps = len(hierarchy.num_vertices) - 1
+    kwargs = {}
+    for name, value in (options or {}).items():
+        if name != "reference" and isinstance(value, list | tuple):
+            if len(value) != steps:
+                raise ValueError(
+                    f"Expected one '{name}' per level that is convolved, {steps} (got {value})"
+                )
+            value = value[level]
+        kwargs[name] = value
+    return hierarchy.spirals(level, **kwargs)
 
 
 def _pooling(

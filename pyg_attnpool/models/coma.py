@@ -3,10 +3,11 @@ from typing import Any
 import torch
 
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.models.autoencoder import MeshAutoencoder
-
-WIDER_ENCODER_CHANNELS = (3, 16, 32, 64, 128)
-WIDER_DECODER_CHANNELS = (128, 64, 32, 32, 16, 3)
+from pyg_attnpool.models.autoencoder import (
+    WIDER_DECODER_CHANNELS,
+    WIDER_ENCODER_CHANNELS,
+    MeshAutoencoder,
+)
 
 
 def coma(

@@ -172,7 +172,7 @@ BAD = {
     "encoder": ({"encoder_channels": (3, 8)}, r"5 'encoder_channels'.*5 levels \(got 2 and 6\)"),
     "decoder": ({"decoder_channels": (8, 3)}, r"6 'decoder_channels'.*5 levels \(got 5 and 2\)"),
     "latent": ({"latent_channels": 0}, r"positive \(got 0\)"),
-    "activation": ({"latent_activation": "elu"}, r"'relu' or None \(got 'elu'\)"),
+    "activation": ({"latent_activation": "tanh"}, r"or None \(got 'tanh'\)"),
     "pooling arguments": ({"down_kwargs": {"k": 2}}, r"no pooling arguments.*\(got \['k'\]\)"),
     "K": ({"K": 0}, r"at least 1 \(got 0\)"),
 }
