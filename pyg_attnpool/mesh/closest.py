@@ -72,7 +72,7 @@ def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tupl
     det = bb * cc - bc * bc
     with np.errstate(divide="ignore", invalid="ignore"):
         v, w = (cc * pb - bc * pc) / det, (bb * pc - bc * pb) / det
-    inside = (det > 0) & (v >= 0) & (w >= 0) & (v + w <= 1)
+        inside = (det > 0) & (v >= 0) & (w >= 0) & (v + w <= 1)
     v, w = np.where(inside, v, 0), np.where(inside, w, 0)
     weight = np.stack([1 - v - w, v, w], axis=1)
     offset = ap - v[:, None] * ab - w[:, None] * ac

@@ -8,12 +8,14 @@ from torch.nn import Linear, ModuleList
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
+from pyg_attnpool.nn.learned_pools import DiffPool, FullPool, WeightedPool
 
 ENCODER_CHANNELS = (3, 16, 16, 16, 32)
 DECODER_CHANNELS = (32, 32, 16, 16, 16, 3)
 WIDER_ENCODER_CHANNELS = (3, 16, 32, 64, 128)
 WIDER_DECODER_CHANNELS = (128, 64, 32, 32, 16, 3)
 
+POOLINGS = ("qem", "attention", "full", "diffpool", "average", "variant")
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
     "elu": torch.nn.functional.elu,
@@ -35,9 +37,23 @@ class MeshAutoencoder(torch.nn.Module):
         conv (str, optional): The convolution, :obj:`"cheb"`
             (:class:`~pyg_attnpool.nn.StaticChebConv`) or :obj:`"spiral"`
             (:class:`~pyg_attnpool.nn.SpiralConv`). (default: :obj:`"cheb"`)
-        down (str, optional): The pooling, :obj:`"qem"` (the hierarchy's own mapping) or
-            :obj:`"attention"` (:class:`~pyg_attnpool.nn.AttentionPool` over it).
-            (default: :obj:`"qem"`)
+        down (str, optional): The pooling (default: :obj:`"qem"`):
+
+            1. :obj:`"qem"`: the hierarchy's own mapping
+
+            2. :obj:`"attention"`: :class:`~pyg_attnpool.nn.AttentionPool` over it
+
+            3. :obj:`"full"`: a matrix of parameters, :class:`~pyg_attnpool.nn.FullPool`
+
+            4. :obj:`"diffpool"`: an assignment from the features,
+            :class:`~pyg_attnpool.nn.DiffPool`
+
+            5. :obj:`"average"`: equal weights over what simplification joined,
+            :meth:`MeshHierarchy.receptive_field`
+
+            6. :obj:`"variant"`: trainable weights over the neighbours of the vertex that
+            simplification kept, :class:`~pyg_attnpool.nn.WeightedPool`
+
         up (str, optional): The unpooling, likewise. If :obj:`None`, that of :obj:`down`.
             (default: :obj:`None`)
         encoder_channels (tuple, optional): The input channels and those after the convolution of
@@ -58,9 +74,11 @@ class MeshAutoencoder(torch.nn.Module):
         spirals (dict, optional): Arguments of :meth:`MeshHierarchy.spirals`, such as :obj:`hops`;
             a list holds one value per level. (default: :obj:`None`)
         down_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionPool`, such as
-            :obj:`k` or :obj:`init`. (default: :obj:`None`)
-        up_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionUnpool`. Where a
-            level has fewer vertices than :obj:`k`, all are kept. (default: :obj:`None`)
+            :obj:`k`, :obj:`init` or :obj:`prior=None` for attention alone, or of
+            :class:`~pyg_attnpool.nn.DiffPool`. (default: :obj:`None`)
+        up_kwargs (dict, optional): Arguments of :class:`~pyg_attnpool.nn.AttentionUnpool` or
+            :class:`~pyg_attnpool.nn.DiffPool`. Where a level has fewer vertices than :obj:`k`, all
+            are kept. (default: :obj:`None`)
 
     Shapes:
         - **input:** vertex features :math:`(B, N, 3)`
@@ -132,15 +150,25 @@ class MeshAutoencoder(torch.nn.Module):
             for level in range(steps)
         )
         self.pools = ModuleList(
-            _pooling(AttentionPool, down, hierarchy, level, level + 1, down_kwargs)
+            _pooling(
+                AttentionPool,
+                down,
+                hierarchy,
+                level,
+                level + 1,
+                encoder_channels[level + 1],
+                down_kwargs,
+            )
             for level in range(steps)
         )
         self.to_latent = Linear(num_vertices[-1] * encoder_channels[-1], latent_channels)
         self.from_latent = Linear(latent_channels, num_vertices[-1] * decoder_channels[0])
         # From coarse to fine, in the order of use.
         self.unpools = ModuleList(
-            _pooling(AttentionUnpool, up, hierarchy, level + 1, level, up_kwargs)
-            for level in reversed(range(steps))
+            _pooling(
+                AttentionUnpool, up, hierarchy, level + 1, level, decoder_channels[i], up_kwargs
+            )
+            for i, level in enumerate(reversed(range(steps)))
         )
         self.up_convs = ModuleList(
             make_conv(level, decoder_channels[i], decoder_channels[i + 1])
@@ -205,22 +233,34 @@ def _pooling(
     hierarchy: MeshHierarchy,
     source: int,
     target: int,
+    channels: int,
     kwargs: dict[str, Any] | None,
 ) -> torch.nn.Module:
+    if method not in POOLINGS:
+        raise ValueError(f"Expected pooling by one of {POOLINGS} (got {method!r})")
+    kwargs = dict(kwargs or {})
+    if kwargs and method not in ("attention", "diffpool"):
+        raise ValueError(f"Expected no pooling arguments with {method!r} (got {sorted(kwargs)})")
+    num_source, num_target = (hierarchy.num_vertices[level] for level in (source, target))
+    dtype = torch.get_default_dtype()
+    if method == "full":
+        return FullPool(num_source, num_target)
+    if method == "diffpool":
+        edge_index = hierarchy.edge_index(source)
+        return DiffPool(channels, num_target, edge_index, num_source, **kwargs)
+    if method == "average":
+        return MappingPool(hierarchy.receptive_field(source, target).to(dtype))
+    if method == "variant":
+        return WeightedPool(hierarchy.neighborhood(source, target).to(dtype))
     prior: Mapping = hierarchy.down[source] if source < target else hierarchy.up[target]
-    prior = prior.to(torch.get_default_dtype())
+    prior = prior.to(dtype)
     if method == "qem":
-        if kwargs:
-            raise ValueError(f"Expected no pooling arguments with 'qem' (got {sorted(kwargs)})")
         return MappingPool(prior)
-    if method != "attention":
-        raise ValueError(f"Expected pooling by 'qem' or 'attention' (got {method!r})")
-    kwargs = {"k": 2 if attention is AttentionPool else 32, **(kwargs or {})}
-    kwargs["k"] = min(kwargs["k"], prior.num_source)
+    kwargs = {"k": 2 if attention is AttentionPool else 32, "prior": prior, **kwargs}
+    kwargs["k"] = min(kwargs["k"], num_source)
     return attention(
-        prior.num_source,
-        prior.num_target,
-        prior=prior,
+        num_source,
+        num_target,
         source_pos=hierarchy.positions(source),
         target_pos=hierarchy.positions(target),
         **kwargs,

@@ -1,0 +1,179 @@
+r"""The other poolings of the paper's comparison (table 1)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+from torch_geometric.nn.inits import glorot
+
+from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.nn.cheb_conv import StaticChebConv
+from pyg_attnpool.nn.mapping_pool import MappingPool
+from pyg_attnpool.ops.gather import apply_mapping, ell_rowptr, on_rows, transpose
+
+
+class FullPool(torch.nn.Module):
+    r"""Pooling or unpooling whose whole mapping matrix is a parameter:
+
+    .. math::
+        \mathbf{Y} = \mathbf{M} \mathbf{X}, \qquad
+        \mathbf{M} \in \mathbb{R}^{\textrm{num\_target} \times \textrm{num\_source}}
+
+    Args:
+        num_source (int): The number of source vertices :math:`N`.
+        num_target (int): The number of target vertices :math:`M`.
+
+    Shapes:
+        - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
+          :math:`(B \cdot N, F)`
+        - **output:** the same with :math:`M` for :math:`N`
+    """
+
+    def __init__(self, num_source: int, num_target: int):
+        super().__init__()
+        if min(num_source, num_target) < 1:
+            raise ValueError(
+                f"Expected 'num_source' and 'num_target' to be positive "
+                f"(got {num_source} and {num_target})"
+            )
+        self.num_source = num_source
+        self.num_target = num_target
+        self.weight = Parameter(torch.empty(num_target, num_source))
+        self.reset_parameters()
+
+    def reset_parameters(self):
+        r"""Resets all learnable parameters of the module."""
+        glorot(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Maps features from source to target vertices."""
+        return on_rows(
+            x, self.num_source, lambda rows: torch.einsum("mn,nbf->mbf", self.weight, rows)
+        )
+
+    def mapping(self) -> Mapping:
+        r"""The matrix, with a slot for every source vertex."""
+        index = torch.arange(self.num_source, device=self.weight.device)
+        return Mapping(index.repeat(self.num_target, 1), self.weight, self.num_source)
+
+    def freeze(self) -> MappingPool:
+        r"""The layer without its parameters. It is no smaller: the matrix is dense."""
+        return MappingPool(self.mapping())
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}({self.num_source}, {self.num_target})"
+
+
+class WeightedPool(torch.nn.Module):
+    r"""Pooling or unpooling over fixed neighbourhoods with a trainable weight per neighbour:
+
+    .. math::
+        \mathbf{y}_i = \sum_{j=1}^{k} w_{ij} \, \mathbf{x}_{\textrm{index}_{ij}}
+
+    Args:
+        mapping (Mapping): The neighbourhoods and their initial weights, or any matrix that
+            :meth:`Mapping.from_matrix` takes. A slot of weight zero is no neighbour.
+
+    Shapes:
+        - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
+          :math:`(B \cdot N, F)` of :math:`N` source vertices
+        - **output:** the same with :math:`M` target vertices
+    """
+
+    index: Tensor
+    initial_weight: Tensor
+
+    def __init__(self, mapping: Any):
+        super().__init__()
+        mapping = Mapping.from_matrix(mapping).detach()
+        self.num_source = mapping.num_source
+        self.num_target = mapping.num_target
+        self.weight = Parameter(torch.empty_like(mapping.weight))
+        self.register_buffer("index", mapping.index.clone())
+        self.register_buffer("initial_weight", mapping.weight.clone())
+        pattern = transpose(ell_rowptr(mapping.index), mapping.index.flatten(), self.num_source)
+        for name, tensor in zip(("rowptr_t", "col_t", "perm"), pattern, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        r"""Resets all learnable parameters of the module."""
+        self.weight.copy_(self.initial_weight)
+
+    def _used(self) -> Tensor:
+        return self.weight * (self.initial_weight != 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Maps features from source to target vertices."""
+        transposed = (self.rowptr_t, self.col_t, self.perm)
+        return apply_mapping(self.index, self._used(), x, self.num_source, transposed)
+
+    def mapping(self) -> Mapping:
+        r"""The mapping that :meth:`forward` applies, differentiable."""
+        return Mapping(self.index, self._used(), self.num_source)
+
+    def freeze(self) -> MappingPool:
+        r"""The layer without its parameters."""
+        return MappingPool(self.mapping())
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.__class__.__name__}({self.num_source}, {self.num_target}, "
+            f"k={self.index.size(1)})"
+        )
+
+
+class DiffPool(torch.nn.Module):
+    r"""The differentiable pooling from the `"Hierarchical Graph Representation Learning with
+    Differentiable Pooling" <https://arxiv.org/abs/1806.08804>`_ paper, with a graph convolution of
+    the features themselves as the network that assigns:
+
+    .. math::
+        \mathbf{Y} = \mathrm{softmax}(\mathrm{conv}(\mathbf{X}))^{\top} \mathbf{X}
+
+    The softmax is over the target vertices. The assignment is another one for every sample, so it
+    cannot be frozen.
+
+    Args:
+        in_channels (int): Size of each input sample.
+        num_target (int): The number of target vertices :math:`M`.
+        edge_index (torch.Tensor): The edges :obj:`[2, E]` of the source level.
+        num_source (int): The number of source vertices :math:`N`.
+        K (int, optional): Chebyshev filter size of the convolution. (default: :obj:`2`)
+
+    Shapes:
+        - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
+          :math:`(B \cdot N, F)`
+        - **output:** the same with :math:`M` for :math:`N`
+    """
+
+    def __init__(
+        self, in_channels: int, num_target: int, edge_index: Tensor, num_source: int, K: int = 2
+    ):
+        super().__init__()
+        self.num_source = num_source
+        self.num_target = num_target
+        self.conv = StaticChebConv(in_channels, num_target, K, edge_index, num_source)
+
+    def reset_parameters(self):
+        r"""Resets all learnable parameters of the module."""
+        self.conv.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Maps features from source to target vertices."""
+
+        def op(rows: Tensor) -> Tensor:
+            x = rows.transpose(0, 1)
+            assignment = self.conv(x).softmax(dim=-1)
+            return torch.einsum("bnm,bnf->mbf", assignment, x)
+
+        return on_rows(x, self.num_source, op)
+
+    def freeze(self) -> MappingPool:
+        r"""Raises a :class:`ValueError`."""
+        raise ValueError("Expected a mapping to freeze (got one that depends on the features)")
+
+    def __repr__(self) -> str:
+        return f"{self.__class__.__name__}({self.num_source}, {self.num_target})"
