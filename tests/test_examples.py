@@ -16,23 +16,28 @@ for name in ("tyro", "openmesh", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
 
-def run(*args):
-    command = [sys.executable, EXAMPLES / "coma.py", "--device", "cpu", *map(str, args)]
+def run(script, *args):
+    command = [sys.executable, EXAMPLES / f"{script}.py", "--device", "cpu", *map(str, args)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def scans(folder):
+    r"""Options for 60 stretched blobs of about 10 cm, in millimetres."""
+    vertices, faces = blob(4, seed=0)
+    write_mesh(folder / "template.obj", vertices, faces)
+    stretch = np.random.default_rng(0).uniform(90, 110, size=(60, 1, 3))
+    np.save(folder / "meshes.npy", (stretch * vertices).astype(np.float32))
+    args = ["--data", folder / "meshes.npy", "--template", folder / "template.obj"]
+    return [*args, "--scale", 0.001, "--latent", 3, "--output", folder / "out"]
 
 
 def test_coma_on_meshes_of_your_own(tmp_path):
     from pyg_attnpool.training import Standardized, evaluate
 
-    vertices, faces = blob(4, seed=0)
-    write_mesh(tmp_path / "template.obj", vertices, faces)
-    stretch = np.random.default_rng(0).uniform(90, 110, size=(60, 1, 3))
-    np.save(tmp_path / "meshes.npy", (stretch * vertices).astype(np.float32))
     output = tmp_path / "out"
-    args = ["--data", tmp_path / "meshes.npy", "--template", tmp_path / "template.obj"]
-    args += ["--scale", 0.001, "--epochs", 2, "--latent", 3, "--output", output]
+    args = [*scans(tmp_path), "--epochs", 2]
 
-    first = run(*args)
+    first = run("coma", *args)
     assert first.returncode == 0, first.stderr
     assert (output / "errors.png").read_bytes().startswith(b"\x89PNG")
     with open(output / "results.csv") as file:
@@ -54,12 +59,23 @@ def test_coma_on_meshes_of_your_own(tmp_path):
 
     # A second run with --resume finds everything done.
     results = (output / "results.csv").read_bytes()
-    assert run(*args, "--resume").returncode == 0
+    assert run("coma", *args, "--resume").returncode == 0
     assert (output / "results.csv").read_bytes() == results
 
 
+def test_neural3dmm_with_the_other_poolings(tmp_path):
+    pools = ["variant", "average", "full"]
+    args = ["--epochs", 1, "--hops", 2, "--dilation", 2, 2, 1, 1, "--pool", *pools]
+    result = run("neural3dmm", *scans(tmp_path), *args)
+    assert result.returncode == 0, result.stderr
+    with open(tmp_path / "out/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == [*pools, "pca"]
+    assert all(0 < float(row["median"]) < 100 for row in rows)
+
+
 def test_errors_end_the_run_before_any_work(tmp_path):
-    result = run("--data", tmp_path / "none", "--output", tmp_path / "out")
+    result = run("coma", "--data", tmp_path / "none", "--output", tmp_path / "out")
     assert result.returncode != 0
     assert "none" in result.stderr
     assert not (tmp_path / "out").exists()
