@@ -135,11 +135,11 @@ def compare(
     rows.append({"model": "pca", **sizes, **evaluate(pca, test)})
 
     print("\nError per vertex on unseen meshes in mm, parameters, latent channels that vary:\n")
-    print("model          mean     std  median   trained   shipped  alive")
+    print("model          mean     std  median     trained     shipped  alive")
     for row in rows:
         print(
             f"{row['model']:10} {row['mean']:8.3f}{row['std']:8.3f}{row['median']:8.3f}"
-            f"{row['trained']:10,}{row['shipped']:10,}{row['alive']:7}"
+            f"{row['trained']:12,}{row['shipped']:12,}{row['alive']:7}"
         )
     with replacing(output / "results.csv") as path, open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])

@@ -178,6 +178,7 @@ class MeshHierarchy:
             torch.stack([torch.cat([row, loops]), torch.cat([col, loops])]),
             torch.ones(len(row) + size, dtype=torch.float64),
             (size, size),
+            check_invariants=True,
         )
         field = Mapping.from_matrix(ring)
         index, weight = field.index[centre], field.weight[centre]
