@@ -163,9 +163,9 @@ class MeshHierarchy:
         fine = torch.arange(len(owner))
         weight = 1 / torch.bincount(owner)[owner].double()
         size = (self.num_vertices[target], self.num_vertices[source])
-        return Mapping.from_matrix(
-            torch.sparse_coo_tensor(torch.stack([owner, fine]), weight, size)
-        )
+        entry = torch.stack([owner, fine])
+        field = torch.sparse_coo_tensor(entry, weight, size, check_invariants=True)
+        return Mapping.from_matrix(field)
 
     def neighborhood(self, source: int, target: int) -> Mapping:
         r"""Equal weights over a source vertex and its neighbours by an edge, between neighbouring
