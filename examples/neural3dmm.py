@@ -6,7 +6,9 @@ COMA faces, 8 latent channels, 200 epochs, interpolation split, mean error per v
 
     QEM 0.785 mm    learned 0.487 mm        wider: QEM 0.525 mm    learned 0.420 mm
 
-REPRODUCED
+Reproduced on AnnyFaces (as in examples/coma.py), 12 epochs of the fast recipe, seed 0:
+
+    QEM 1.241 mm    learned 1.004 mm    PCA 1.600 mm
 """
 
 from dataclasses import dataclass
