@@ -44,7 +44,7 @@ $(VENV)/.complete: setup.py Makefile
 	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
 	  A C++ compiler and the headers of Python are needed.)
 	$(call step,5/5 pyg_attnpool with its extras,\
-	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)dev]",\
+	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)export$(,)tgp$(,)dev]",\
 	  Check the network.)
 	@touch $@
 

@@ -14,6 +14,9 @@ train = ["pytorch-lightning>=2.6", "torchmetrics>=1.4"]
 data = ["anny>=0.6.2"]
 viz = ["matplotlib>=3.8", "plotly>=5.20"]
 examples = ["tyro>=1.0"]
+# torch-geometric-pool imports scikit-learn without asking for it.
+tgp = ["torch-geometric-pool>=1.0", "scikit-learn>=1.4"]
+export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "safetensors>=0.4"]
 
 setup(
     name="pyg_attnpool",
@@ -33,6 +36,8 @@ setup(
         "data": data,
         "viz": viz,
         "examples": examples,
+        "tgp": tgp,
+        "export": export,
         "dev": ["pytest>=8", "ruff==0.14.5", "pre-commit>=4"],
     },
     classifiers=[

@@ -121,6 +121,47 @@ class Mapping:
         index, weight = fuse_slots(self.index, self.weight, other.index, other.weight, alpha)
         return Mapping(index, weight, self.num_source)
 
+    def pool_edges(
+        self,
+        edge_index: Tensor,
+        edge_weight: Tensor | None = None,
+        remove_self_loops: bool = False,
+        batch_size: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        r"""Pools the edges of a graph over the source vertices, so that the next convolution has a
+        graph over the target vertices:
+
+        .. math::
+            \mathbf{A}^{\prime} = \mathbf{S} \mathbf{A} \mathbf{S}^{\top}
+
+        where :math:`\mathbf{S}` is this mapping and :math:`A_{ij}` the weight of the edge
+        :math:`(i, j)`. No dense matrix is formed. Weights that are trained keep their entries in
+        :math:`\mathbf{A}^{\prime}` also where they are zero.
+
+        Args:
+            edge_index (torch.Tensor): The edges :obj:`[2, E]`; the weights of repeated edges add.
+            edge_weight (torch.Tensor, optional): Their weights :obj:`[E]`; ones in the type of
+                the mapping if :obj:`None`. (default: :obj:`None`)
+            remove_self_loops (bool, optional): If set to :obj:`True`, leaves out the edges of a
+                target vertex with itself, which stand for the edges inside its receptive field.
+                (default: :obj:`False`)
+            batch_size (int, optional): The number of graphs, for the edges of a mini-batch over
+                :obj:`batch_size * num_source` vertices. (default: :obj:`1`)
+
+        Returns:
+            The edges :obj:`[2, E']`, sorted and without duplicates, and their weights
+            :obj:`[E']` in the type of :obj:`edge_weight`, differentiable in the weights of
+            mapping and edges.
+        """
+        row, col, weight = self._entries()
+        sample = torch.arange(batch_size, device=self.device).unsqueeze(1)
+        row = (row + sample * self.num_target).flatten()
+        col = (col + sample * self.num_source).flatten()
+        size = (batch_size * self.num_target, batch_size * self.num_source)
+        return pool_adjacency(
+            row, col, weight.repeat(batch_size), size, edge_index, edge_weight, remove_self_loops
+        )
+
     # Conversions #####################################################################
 
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,3 +289,89 @@ def _check_matrix(size) -> tuple[int, int]:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"Expected a matrix of shape [num_target, num_source] (got {list(size)})")
     return int(size[0]), int(size[1])
+
+
+def pool_adjacency(
+    row: Tensor,
+    col: Tensor,
+    weight: Tensor,
+    size: tuple[int, int],
+    edge_index: Tensor,
+    edge_weight: Tensor | None = None,
+    remove_self_loops: bool = False,
+) -> tuple[Tensor, Tensor]:
+    r"""As :meth:`Mapping.pool_edges`, with the matrix given by its entries.
+
+    Args:
+        row (torch.Tensor): Target vertex of every entry.
+        col (torch.Tensor): Source vertex of every entry.
+        weight (torch.Tensor): Value of every entry.
+        size (tuple): The numbers of target and source vertices.
+        edge_index (torch.Tensor): As in :meth:`Mapping.pool_edges`.
+        edge_weight (torch.Tensor, optional): As in :meth:`Mapping.pool_edges`.
+            (default: :obj:`None`)
+        remove_self_loops (bool, optional): As in :meth:`Mapping.pool_edges`.
+            (default: :obj:`False`)
+    """
+    num_target, num_source = size
+    if edge_weight is None:
+        edge_weight = weight.new_ones(edge_index.size(-1))
+    _check_edges(edge_index, edge_weight, num_source)
+    weight = weight.to(edge_weight.dtype)
+
+    source, order = edge_index[0].long().sort()
+    adjacency = source, edge_index[1].long()[order], edge_weight[order]
+    product = _multiply((row, col, weight), adjacency, num_source, num_source)
+    col, order = col.sort()
+    transposed = col, row[order], weight[order]
+    row, col, value = _multiply(product, transposed, num_source, num_target)
+
+    if remove_self_loops:
+        kept = row != col
+        row, col, value = row[kept], col[kept], value[kept]
+    return torch.stack([row, col]), value
+
+
+def _check_edges(edge_index: Tensor, edge_weight: Tensor, num_nodes: int):
+    if edge_index.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"Expected 'edge_index' to be a long tensor (got {edge_index.dtype})")
+    if not edge_weight.is_floating_point():
+        raise TypeError(
+            f"Expected 'edge_weight' to be a floating point tensor (got {edge_weight.dtype})"
+        )
+    if edge_index.dim() != 2 or edge_index.size(0) != 2:
+        raise ValueError(f"Expected 'edge_index' of shape [2, E] (got {list(edge_index.shape)})")
+    if edge_weight.shape != edge_index.shape[1:]:
+        raise ValueError(
+            f"Expected 'edge_weight' of shape [{edge_index.size(1)}] "
+            f"(got {list(edge_weight.shape)})"
+        )
+    if edge_index.numel() > 0:
+        low, high = int(edge_index.min()), int(edge_index.max())
+        if low < 0 or high >= num_nodes:
+            raise ValueError(
+                f"Expected edges between vertices 0 to {num_nodes - 1} (got {low} to {high})"
+            )
+
+
+def _multiply(
+    a: tuple[Tensor, Tensor, Tensor],
+    b: tuple[Tensor, Tensor, Tensor],
+    num_inner: int,
+    num_cols: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    # The product of two sparse matrices given by row, column and value, the second one sorted by
+    # row. The sparse product of torch has no second derivative, no half precision and a backward
+    # pass several times slower.
+    (a_row, a_col, a_value), (b_row, b_col, b_value) = a, b
+    count = torch.bincount(b_row, minlength=num_inner)
+    start = count.cumsum(0) - count
+    count, start = count[a_col], start[a_col]  # the entries of the second that each one meets
+    left = torch.arange(a_col.numel(), device=a_col.device).repeat_interleave(count)
+    place = torch.arange(left.numel(), device=left.device) - (count.cumsum(0) - count)[left]
+    right = start[left] + place
+    entry, slot = (a_row[left] * num_cols + b_col[right]).unique(return_inverse=True)
+    product = a_value[left] * b_value[right]
+    value = product.new_zeros(entry.numel()).index_add(0, slot, product)
+    row = torch.div(entry, num_cols, rounding_mode="floor")
+    return row, entry - row * num_cols, value

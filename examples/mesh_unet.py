@@ -1,0 +1,117 @@
+r"""A U-Net on the mesh with PyG's GCNConv: a tenth of a face's vertices is seen, each with 5 mm of
+noise on every coordinate, and every vertex gets its position. Features are pooled over two levels
+and unpooled again, and each level's features skip the levels below it.
+
+Reproduced on AnnyFaces (2,271 training and 319 test meshes of 4,538 vertices), one epoch, seed 0:
+
+    mean face 5.095 mm per vertex    mean of the 32 nearest seen 2.427 mm    U-Net 2.156 mm
+"""
+
+from pathlib import Path
+
+import torch
+import tyro
+from torch.optim.lr_scheduler import OneCycleLR
+from torch_geometric.loader import DataLoader
+from torch_geometric.nn import GCNConv
+from torch_geometric.nn.dense import Linear
+from tqdm import tqdm
+
+from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy
+from pyg_attnpool.datasets import AnnyFaces
+
+
+class UNet(torch.nn.Module):
+    def __init__(self, hierarchy: MeshHierarchy, in_channels: int, channels: tuple[int, ...]):
+        super().__init__()
+        self.convs = torch.nn.ModuleList([GCNConv(in_channels, channels[0])])
+        self.pools, self.unpools = torch.nn.ModuleList(), torch.nn.ModuleList()
+        self.up_convs = torch.nn.ModuleList()
+        for i in range(len(channels) - 1):
+            n, m = hierarchy.num_vertices[i : i + 2]
+            fine, coarse = hierarchy.positions(i), hierarchy.positions(i + 1)
+            down, up = hierarchy.down[i], hierarchy.up[i]
+            self.pools.append(
+                AttentionPool(
+                    n, m, k=8, prior=down, source_pos=fine, target_pos=coarse, init="lifted"
+                )
+            )
+            self.convs.append(GCNConv(channels[i], channels[i + 1]))
+            self.unpools.append(
+                AttentionUnpool(
+                    m, n, k=8, prior=up, source_pos=coarse, target_pos=fine, init="lifted"
+                )
+            )
+            self.up_convs.append(GCNConv(channels[i + 1] + channels[i], channels[i]))
+        self.lin = Linear(channels[0] + in_channels, 3)
+        for i in range(len(channels)):
+            self.register_buffer(f"edges{i}", hierarchy.edge_index(i))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [B, N, in_channels]
+        h = self.convs[0](x, self.edges0).relu()
+        skips = []
+        for i, pool in enumerate(self.pools):
+            skips.append(h)
+            h = self.convs[i + 1](pool(h), getattr(self, f"edges{i + 1}")).relu()
+        for i in reversed(range(len(skips))):
+            h = torch.cat([self.unpools[i](h), skips[i]], dim=-1)
+            h = self.up_convs[i](h, getattr(self, f"edges{i}")).relu()
+        return self.lin(torch.cat([h, x], dim=-1))
+
+
+def main(epochs: int = 1, seen: float = 0.1, noise_mm: float = 5.0, seed: int = 0):
+    root = Path(__file__).resolve().parents[1] / "data" / "AnnyFaces"
+    dataset = AnnyFaces(root)
+    split = dataset.split("interpolation")
+    hierarchy = MeshHierarchy.from_template(dataset.template, factors=[4, 4])
+    num_vertices = hierarchy.num_vertices[0]
+
+    torch.manual_seed(seed)
+    model = UNet(hierarchy, in_channels=4, channels=(16, 32, 32))
+    mean = dataset.vertices[split.train].mean(dim=0)
+    std = (dataset.vertices[split.train] - mean).std()
+    loader = DataLoader(dataset[split.train], batch_size=16, shuffle=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    scheduler = OneCycleLR(optimizer, max_lr=1e-2, total_steps=epochs * len(loader))
+
+    def scan(clean: torch.Tensor) -> torch.Tensor:
+        noisy = clean + 1e-3 * noise_mm * torch.randn_like(clean)
+        mask = (torch.rand(clean.shape[:2]) < seen).unsqueeze(-1)
+        return torch.cat([mask * (noisy - mean) / std, mask], dim=-1)
+
+    test = dataset.vertices[split.test]
+    scans = scan(test)
+
+    @torch.no_grad()
+    def complete() -> torch.Tensor:
+        return mean + std * torch.cat([model(x) for x in scans.split(16)])
+
+    untrained = complete()
+    for epoch in range(epochs):
+        for data in tqdm(loader, desc=f"Epoch {epoch}"):
+            clean = data.pos.view(-1, num_vertices, 3)
+            loss = (model(scan(clean)) - (clean - mean) / std).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+
+    # Without a network: the mean face, as it is, or with every vertex moved as the 32 nearest ones
+    # seen are on average (the best number of 4, 8, 16, 32 and 64).
+    moved = []
+    for x in scans:
+        offset, mask = x[:, :3], x[:, 3].bool()
+        nearest = torch.cdist(mean, mean[mask]).topk(32, largest=False).indices
+        moved.append(mean + std * offset[mask][nearest].mean(dim=1))
+    found = {
+        "mean face": mean.expand_as(test),
+        "32 nearest": torch.stack(moved),
+        "untrained": untrained,
+        "trained": complete(),
+    }
+    for name, x in found.items():
+        print(f"{name:12} {1000 * (x - test).norm(dim=-1).mean():.3f} mm per vertex")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
