@@ -6,20 +6,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.ops.attention import attention, cosine_at, cosine_topk
-from pyg_attnpool.ops.gather import apply_mapping, fuse_slots
+from pyg_attnpool.nn.mapping_pool import MappingPool, MatrixProtocol
+from pyg_attnpool.ops.attention import attention, cosine_at, cosine_topk, dense_attention
+from pyg_attnpool.ops.gather import apply_mapping, fuse_slots, on_rows
 
 
-class _AttentionMapping(torch.nn.Module):
+class _AttentionMapping(MatrixProtocol, torch.nn.Module):
     # What pooling and unpooling share, which is all but the default of k.
+
+    _default_k: int
 
     def __init__(
         self,
         num_source: int,
         num_target: int,
         channels: int,
-        k: int,
+        k: int | None,
         prior: Any,
         fusion_weight: float,
         source_pos: Tensor | None,
@@ -28,12 +30,12 @@ class _AttentionMapping(torch.nn.Module):
         normalization: str,
     ):
         super().__init__()
-        if min(num_source, num_target, channels, k) < 1:
+        if min(num_source, num_target, channels, 1 if k is None else k) < 1:
             raise ValueError(
                 f"Expected 'num_source', 'num_target', 'channels' and 'k' to be positive "
                 f"(got {num_source}, {num_target}, {channels} and {k})"
             )
-        if k > num_source:
+        if k is not None and k > num_source:
             raise ValueError(
                 f"Expected 'k' to be at most the number of source vertices {num_source} (got {k})"
             )
@@ -77,6 +79,73 @@ class _AttentionMapping(torch.nn.Module):
 
         self.reset_parameters()
 
+    @classmethod
+    def from_mapping(
+        cls,
+        matrix: Any,
+        source_pos: Tensor | None = None,
+        target_pos: Tensor | None = None,
+        **kwargs: Any,
+    ):
+        r"""The layer in the place of a matrix that a model holds, with that matrix as its prior.
+        It can be called, or used as the matrix was:
+
+        .. code-block:: python
+
+            model.D = ModuleList(AttentionPool.from_mapping(d) for d in model.D)
+
+        :obj:`layer @ x`, :obj:`torch.matmul(layer, x)`, :obj:`torch.mm(layer, x)` and
+        :obj:`torch.sparse.mm(layer, x)` apply it to features :obj:`[N, F]` or :obj:`[B, N, F]`;
+        :obj:`layer.size()`, :obj:`layer.shape`, :obj:`layer._indices()` and
+        :obj:`layer._values()` (or :obj:`indices` and :obj:`values`) are those of a sparse COO
+        tensor, in which entries may repeat. The last two each search for the top :math:`k`, a
+        product only once.
+
+        A matrix :obj:`[1, M + 1, N + 1]` has a dummy vertex at the end, as in Neural3DMM. As a
+        matrix, the layer then takes and gives features with the dummy, which keeps the share of
+        itself that it had; called, it takes and gives features without.
+
+        Args:
+            matrix: The matrix :obj:`[M, N]` in any form that :meth:`Mapping.from_matrix` takes,
+                or a :class:`~pyg_attnpool.nn.MappingPool`, or a :class:`torch.Tensor`
+                :obj:`[1, M + 1, N + 1]` with a dummy vertex. The layer is made on its device and,
+                if it is a :class:`torch.Tensor`, in its type.
+            source_pos (torch.Tensor, optional): Positions :obj:`[N, 3]` of the source vertices,
+                normalised as the constructor says. (default: :obj:`None`)
+            target_pos (torch.Tensor, optional): The same :obj:`[M, 3]` for the target vertices.
+                (default: :obj:`None`)
+            **kwargs (optional): Further arguments of the constructor. Without :obj:`k`, it is the
+                default, or all source vertices where there are fewer.
+
+        Raises:
+            ValueError: If the matrix does not fit the positions, its dummy vertex is not apart
+                from the others, or as the constructor does.
+        """
+        prior, dummy_weight = _split_dummy(matrix)
+        prior = Mapping.from_matrix(prior).detach()
+        size = [prior.num_target, prior.num_source]
+        if source_pos is not None and target_pos is not None:
+            wanted = [len(target_pos), len(source_pos)]
+            if size != wanted:
+                raise ValueError(
+                    f"Expected a matrix of shape {wanted} for 'source_pos' of {wanted[1]} and "
+                    f"'target_pos' of {wanted[0]} vertices (got {size})"
+                )
+        kwargs.setdefault("k", min(cls._default_k, prior.num_source))
+        source_pos, target_pos = (
+            pos if pos is None else torch.as_tensor(pos).cpu() for pos in (source_pos, target_pos)
+        )
+        layer = cls(
+            prior.num_source,
+            prior.num_target,
+            prior=prior.to("cpu"),
+            source_pos=source_pos,
+            target_pos=target_pos,
+            **kwargs,
+        )
+        layer.dummy_weight = dummy_weight
+        return layer.to(prior.device, matrix.dtype if isinstance(matrix, Tensor) else None)
+
     @torch.no_grad()
     def reset_parameters(self):
         r"""Resets all learnable parameters of the module."""
@@ -85,15 +154,20 @@ class _AttentionMapping(torch.nn.Module):
         if self.fusion_weight is not None:
             self.fusion_weight.fill_(self.initial_fusion_weight)
         if self.log_beta is not None:
-            # The last kept source starts with e^-3 of the first one's weight.
-            score = cosine_at(self.query, self.key, cosine_topk(self.query, self.key, self.k))
+            # The last kept source starts with e^-3 of the first one's weight. Where all are kept,
+            # that would be almost an average of the mesh, so the layer starts as by default.
+            k = min(self._default_k, self.num_source) if self.k is None else self.k
+            score = cosine_at(self.query, self.key, cosine_topk(self.query, self.key, k))
             gap = (score[:, 0] - score[:, -1]).mean()
             self.log_beta.copy_((3 / gap).log() if gap > 0 else torch.zeros_like(gap))
 
     def _attention(self) -> tuple[Tensor, Tensor]:
+        if self.k is None:
+            weight = dense_attention(self.query, self.key, self.log_beta)
+            return torch.arange(self.num_source, device=weight.device).expand_as(weight), weight
         return attention(self.query, self.key, self.k, self.log_beta)
 
-    def _fused(self) -> tuple[Tensor, Tensor]:
+    def _slots(self) -> tuple[Tensor, Tensor]:
         index, weight = self._attention()
         if self.prior_index is None:
             return index, weight
@@ -107,16 +181,34 @@ class _AttentionMapping(torch.nn.Module):
     def mapping(self) -> Mapping:
         r"""The mapping that :meth:`forward` applies: learned, and fused with the prior, equation
         (7)."""
-        return Mapping(*self._fused(), self.num_source)
+        return Mapping(*self._slots(), self.num_source)
+
+    def _dense(self) -> Tensor:
+        # Slots for all source vertices would be gathered one by one: they are a matrix product.
+        matrix = dense_attention(self.query, self.key, self.log_beta)
+        if self.prior_index is None:
+            return matrix
+        prior_weight = (1 - self.fusion_weight) * self.prior_weight.to(matrix.dtype)
+        return (self.fusion_weight * matrix).scatter_add(1, self.prior_index, prior_weight)
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
-        return apply_mapping(*self._fused(), x, self.num_source)
+        if self.k is not None:
+            return apply_mapping(*self._slots(), x, self.num_source)
+
+        def op(rows: Tensor) -> Tensor:
+            y = self._dense().to(rows.dtype) @ rows.reshape(self.num_source, -1)
+            return y.view(self.num_target, *rows.shape[1:])
+
+        with torch.autocast(x.device.type, enabled=False):  # the result is of the type of x
+            return on_rows(x, self.num_source, op)
 
     def freeze(self) -> MappingPool:
         r"""The layer without its parameters: the mapping as it is now, for inference."""
         with torch.no_grad():
-            return MappingPool(self.mapping())
+            frozen = MappingPool(self.mapping())
+        frozen.dummy_weight = self.dummy_weight
+        return frozen
 
     def __repr__(self) -> str:
         return (
@@ -145,8 +237,8 @@ class AttentionPool(_AttentionMapping):
         num_source (int): The number of source vertices :math:`N`.
         num_target (int): The number of target vertices :math:`M`.
         channels (int, optional): Size of each key and query. (default: :obj:`21`)
-        k (int, optional): The number of source vertices kept per target vertex.
-            (default: :obj:`2`)
+        k (int, optional): The number of source vertices kept per target vertex. If :obj:`None`,
+            all are kept and applied as a dense matrix, for small levels. (default: :obj:`2`)
         prior (Mapping, optional): The precomputed mapping :math:`\mathbf{P}`, or any matrix that
             :meth:`Mapping.from_matrix` takes. If :obj:`None`, the attention stands alone.
             (default: :obj:`None`)
@@ -172,7 +264,8 @@ class AttentionPool(_AttentionMapping):
         normalization (str, optional): :obj:`"sum"` divides the kept scores by their sum,
             :obj:`"softmax"` takes the softmax of :math:`\beta s_{ij}` with a learned
             :math:`\beta = \exp(\textrm{log\_beta})`, started at 3 over the mean gap between a
-            row's largest and smallest kept score. (default: :obj:`"sum"`)
+            row's largest and smallest kept score, or with :obj:`k=None` between its largest and
+            the one that the default :obj:`k` would keep last. (default: :obj:`"sum"`)
 
     Shapes:
         - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
@@ -184,12 +277,14 @@ class AttentionPool(_AttentionMapping):
             vertex counts, or an option is unknown.
     """
 
+    _default_k = 2
+
     def __init__(
         self,
         num_source: int,
         num_target: int,
         channels: int = 21,
-        k: int = 2,
+        k: int | None = _default_k,
         prior: Any = None,
         fusion_weight: float = 0.2,
         source_pos: Tensor | None = None,
@@ -222,7 +317,8 @@ class AttentionUnpool(_AttentionMapping):
         num_target (int): The number of target (fine) vertices :math:`M`.
         channels (int, optional): Size of each key and query. (default: :obj:`21`)
         k (int, optional): The number of source vertices kept per target vertex, at most
-            :obj:`num_source`. (default: :obj:`32`)
+            :obj:`num_source`. If :obj:`None`, all are kept and applied as a dense matrix, for
+            small levels. (default: :obj:`32`)
         prior (Mapping, optional): As in :class:`AttentionPool`. (default: :obj:`None`)
         fusion_weight (float, optional): The initial :math:`w_a`. (default: :obj:`0.2`)
         source_pos (torch.Tensor, optional): As in :class:`AttentionPool`. (default: :obj:`None`)
@@ -239,12 +335,14 @@ class AttentionUnpool(_AttentionMapping):
         ValueError: As :class:`AttentionPool` does.
     """
 
+    _default_k = 32
+
     def __init__(
         self,
         num_source: int,
         num_target: int,
         channels: int = 21,
-        k: int = 32,
+        k: int | None = _default_k,
         prior: Any = None,
         fusion_weight: float = 0.2,
         source_pos: Tensor | None = None,
@@ -264,6 +362,27 @@ class AttentionUnpool(_AttentionMapping):
             init,
             normalization,
         )
+
+
+def _split_dummy(matrix: Any) -> tuple[Any, float | None]:
+    # A matrix without its dummy vertex, and the share of itself that the dummy keeps.
+    if isinstance(matrix, MappingPool):
+        return matrix.mapping(), matrix.dummy_weight
+    if not isinstance(matrix, Tensor) or matrix.dim() != 3:
+        return matrix, None
+    if matrix.size(0) != 1 or min(matrix.shape[1:]) < 2:
+        raise ValueError(
+            f"Expected a matrix of shape [num_target, num_source], or [1, num_target + 1, "
+            f"num_source + 1] with a dummy vertex (got {list(matrix.shape)})"
+        )
+    dense = matrix.detach().to_dense()[0]
+    linked = int(dense[-1, :-1].count_nonzero() + dense[:-1, -1].count_nonzero())
+    if linked > 0:
+        raise ValueError(
+            f"Expected a dummy vertex in the last row and column, with no entry but at "
+            f"[-1, -1] (got {linked} others)"
+        )
+    return dense[:-1, :-1], dense[-1, -1].item()
 
 
 def _check_positions(name: str, pos: Tensor | None, num_nodes: int) -> Tensor | None:

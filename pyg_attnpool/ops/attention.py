@@ -72,11 +72,27 @@ def attention(
     """
     with torch.autocast(query.device.type, enabled=False):
         index = cosine_topk(query.detach(), key.detach(), k)
-        score = cosine_at(query, key, index)
-        if log_beta is not None:
-            return index, (log_beta.exp() * score).softmax(dim=-1)
-        kept = score.clamp(min=1e-25)
-        return index, kept / kept.sum(dim=-1, keepdim=True)
+        return index, _weights(cosine_at(query, key, index), log_beta)
+
+
+def dense_attention(query: Tensor, key: Tensor, log_beta: Tensor | None = None) -> Tensor:
+    r"""The learned mapping with every source vertex kept, as a dense matrix :obj:`[M, N]`. For
+    small levels: scores and weights are held, and kept for the backward pass.
+
+    Args:
+        query (torch.Tensor): Queries of the target vertices :obj:`[M, c]`.
+        key (torch.Tensor): Keys of the source vertices :obj:`[N, c]`.
+        log_beta (torch.Tensor, optional): As in :meth:`attention`. (default: :obj:`None`)
+    """
+    with torch.autocast(query.device.type, enabled=False):
+        return _weights(F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).t(), log_beta)
+
+
+def _weights(score: Tensor, log_beta: Tensor | None) -> Tensor:
+    if log_beta is not None:
+        return (log_beta.exp() * score).softmax(dim=-1)
+    kept = score.clamp(min=1e-25)
+    return kept / kept.sum(dim=-1, keepdim=True)
 
 
 def cosine_at(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
