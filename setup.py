@@ -16,7 +16,7 @@ viz = ["matplotlib>=3.8", "plotly>=5.20"]
 examples = ["tyro>=1.0"]
 # torch-geometric-pool imports scikit-learn without asking for it.
 tgp = ["torch-geometric-pool>=1.0", "scikit-learn>=1.4"]
-export = ["onnx>=1.17", "onnxscript>=0.5", "onnxruntime>=1.20", "safetensors>=0.4"]
+export = ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20", "safetensors>=0.4"]
 
 setup(
     name="pyg_attnpool",

@@ -1,6 +1,17 @@
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
 from torch.nn import Module
 
+from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
+
+TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
 
 def freeze_attention(model: Module) -> Module:
@@ -27,3 +38,181 @@ def freeze_attention(model: Module) -> Module:
             if child in frozen:
                 setattr(module, name, frozen[child])
     return model
+
+
+def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
+    r"""Writes a model as a :obj:`torch.export` program (:obj:`.pt2`) of ATen operators alone:
+    :obj:`torch.export.load(path).module()` runs it where this package is not installed.
+
+    The file is loaded again and compared with the model on random data of two other batch sizes;
+    only one that agrees takes its name.
+
+    Args:
+        model (torch.nn.Module): Any module of one tensor to one tensor, without attention layers;
+            see :func:`freeze_attention`. It is exported as it computes after
+            :meth:`~torch.nn.Module.eval`.
+        example (torch.Tensor): An input, such as meshes :obj:`[B, N, 3]`. The first dimension is
+            the batch and stays free; no values are stored.
+        path (str or Path): The file to write.
+
+    Returns:
+        The largest difference to the model, relative to its largest output.
+
+    Raises:
+        ValueError: If the model holds attention layers, or the example is no such input.
+        RuntimeError: If the program differs from the model by more than 1e-5.
+    """
+    model = _evaluating(model, example)
+    program = _program(model, example, _bag)
+    program.example_inputs = None
+    with replacing(path) as temporary, _quiet():
+        torch.export.save(program, temporary)
+        return _compare(model, torch.export.load(temporary).module(), example, path)
+
+
+def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
+    r"""Writes a model as an ONNX file of standard operators, with one input :obj:`x` and one output
+    :obj:`out` (extra :obj:`export`).
+
+    The file is run in :obj:`onnxruntime` and compared as by :func:`export_torch`.
+
+    Args:
+        model (torch.nn.Module): As in :func:`export_torch`.
+        example (torch.Tensor): As in :func:`export_torch`.
+        path (str or Path): The file to write.
+
+    Returns:
+        The largest difference to the model, relative to its largest output.
+
+    Raises:
+        ImportError: If :obj:`onnxruntime` or :obj:`onnxscript` is missing.
+        ValueError: As :func:`export_torch` does.
+        RuntimeError: If the file computes something that differs by more than 1e-5.
+    """
+    model = _evaluating(model, example)
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401  (torch.onnx needs it)
+        from onnx_ir.passes.common import DeduplicateInitializersPass
+    except ImportError as e:
+        raise ImportError(
+            f"'export_onnx' requires '{e.name}': install it with "
+            f'`pip install "pyg_attnpool[export]"`'
+        ) from e
+    program = _program(model, example, _scatter)
+    with replacing(path) as temporary, _quiet():
+        onnx_program = torch.onnx.export(
+            program,
+            input_names=["x"],
+            output_names=["out"],
+            dynamic_shapes=({0: "batch"},),
+            verbose=False,
+        )
+        # Every call of a layer has folded its own copy of the pattern.
+        DeduplicateInitializersPass(size_limit=2**40)(onnx_program.model)
+        onnx_program.save(temporary, external_data=False)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+
+        def run(x: Tensor) -> Tensor:
+            (out,) = session.run(None, {"x": x.numpy(force=True)})
+            return torch.from_numpy(out).to(x.device)
+
+        return _compare(model, run, example, path)
+
+
+def _evaluating(model: Module, example: Tensor) -> Module:
+    held = {
+        name or "the model": type(module).__name__
+        for name, module in model.named_modules()
+        if isinstance(module, AttentionPool | AttentionUnpool)
+    }
+    if held:
+        raise ValueError(
+            f"Expected a model without attention layers (got {held}): call "
+            f"`freeze_attention(model)` first"
+        )
+    if not isinstance(example, Tensor) or example.dim() < 2 or example.numel() == 0:
+        got = list(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"Expected an example of a batch of inputs (got {got})")
+    if not example.is_floating_point():
+        raise ValueError(f"Expected an example of floating point numbers (got {example.dtype})")
+    if not torch.isfinite(example).all():
+        raise ValueError("Expected an example of finite numbers (got NaN or infinity)")
+    return copy.deepcopy(model).eval()  # the caller's stays in its mode
+
+
+def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
+    # Zeros in place of the example, so that its values cannot reach a file; two of them, as
+    # torch.export takes a batch of one for a constant.
+    zeros = example.new_zeros(2, *example.shape[1:])
+    with torch.no_grad(), _quiet():
+        program = torch.export.export(
+            model, (zeros,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        ).run_decompositions({torch.ops.pyg_attnpool.spmm.default: spmm})
+    # What only a backward pass reads, such as transposed patterns, would be most of the file. The
+    # rest is copied: a view, such as a row of an edge_index, drags all of its storage along.
+    nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
+    specs = []
+    for node, spec in zip(nodes, program.graph_signature.input_specs, strict=True):
+        if spec.target in program.constants:
+            tensor = program.constants.pop(spec.target)
+            if not node.users:
+                program.graph.erase_node(node)
+                continue
+            program.constants[spec.target] = tensor.clone()
+        specs.append(spec)
+    program.graph_signature.input_specs = specs
+    program.graph_module.recompile()
+    return program
+
+
+def _bag(rowptr, col, value, x, rowptr_t, col_t, perm):
+    return torch.nn.functional.embedding_bag(
+        col, x, rowptr, mode="sum", per_sample_weights=value, include_last_offset=True
+    )
+
+
+def _scatter(rowptr, col, value, x, rowptr_t, col_t, perm):
+    # ONNX has no bags. The row of an entry is the number of rows that ended before it; a constant,
+    # which the exporter folds. Not index_add, which becomes ScatterND: onnxruntime adds there from
+    # several threads at a time, and loses some where a row repeats.
+    ended = rowptr.new_zeros(col.size(0) + 1)
+    row = ended.scatter_add(0, rowptr[1:], torch.ones_like(rowptr[1:])).cumsum(0)[:-1]
+    entries = value.unsqueeze(1) * x.index_select(0, col)
+    out = x.new_zeros(rowptr.size(0) - 1, x.size(1))
+    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries)
+
+
+@torch.no_grad()
+def _compare(
+    model: Module, run: Callable[[Tensor], Tensor], example: Tensor, path: str | Path
+) -> float:
+    # Data of the place and size of the example's, as activations may hide what is off elsewhere.
+    scale = example.std(correction=0)
+    scale = scale if scale > 0 else 1.0
+    largest = 0.0
+    for batch_size in (1, 2 * len(example) + 1):
+        with torch.random.fork_rng(devices=[]):
+            noise = torch.randn(batch_size, *example.shape[1:])
+        x = example.mean(dim=0) + scale * noise.to(example)
+        expected, out = model(x), run(x)
+        difference = float("inf")
+        if out.shape == expected.shape and out.dtype == expected.dtype:
+            size = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+            difference = ((out - expected).abs().max() / size).item()
+        if not difference <= TOLERANCE:
+            raise RuntimeError(
+                f"Expected an export that computes what the model computes, within {TOLERANCE:g} "
+                f"of its largest output (got a difference of {difference:g} for "
+                f"{batch_size} inputs): {path} is not written"
+            )
+        largest = max(largest, difference)
+    return largest
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # Torch's own use of itself.
+        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        yield

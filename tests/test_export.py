@@ -1,8 +1,15 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
 import torch
 from torch.testing import assert_close
 
-from pyg_attnpool import AttentionPool, AttentionUnpool, Mapping, MappingPool
-from pyg_attnpool.export import freeze_attention
+from pyg_attnpool import AttentionPool, AttentionUnpool, Mapping, MappingPool, MeshHierarchy
+from pyg_attnpool.export import export_onnx, export_torch, freeze_attention
+from pyg_attnpool.models import MeshAutoencoder, coma, neural3dmm
+from tests.mesh.meshes import blob
 
 
 def make_pool(cls=AttentionPool, num_source=9, num_target=6):
@@ -71,3 +78,186 @@ def test_a_model_without_attention_stays_as_it_is():
     model = torch.nn.Linear(2, 3)
     assert freeze_attention(model) is model
     assert [name for name, _ in model.named_parameters()] == ["weight", "bias"]
+
+
+CASES = [
+    (coma, "attention"),
+    (neural3dmm, "attention"),
+    pytest.param(coma, "qem", marks=pytest.mark.slow),
+    pytest.param(neural3dmm, "qem", marks=pytest.mark.slow),
+]
+SMALL = dict(encoder_channels=(3, 4, 5), decoder_channels=(5, 4, 3, 3), latent_channels=3)
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    return MeshHierarchy.from_template(blob(2, seed=0, hole=True), factors=[4, 4])
+
+
+def make_model(hierarchy, make, pool):
+    kwargs = dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
+    kwargs = kwargs if pool == "attention" else {}
+    return freeze_attention(make(hierarchy, pool, K=3, **SMALL, **kwargs))
+
+
+def make_inputs(model, batch_size):
+    return torch.randn(batch_size, model.num_vertices[0], 3)
+
+
+def fresh_process(code, cwd):
+    r"""Runs code that must not have this package, on files of numpy arrays in a folder."""
+    code = f"import sys\nimport numpy as np\nfor name in ('x', 'y'):\n{code}"
+    code += "\nassert 'pyg_attnpool' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=300, cwd=cwd)
+
+
+LOAD_TORCH = """
+    import torch
+    model = torch.export.load("model.pt2").module()
+    assert {node.target.namespace for node in model.graph.nodes
+            if isinstance(node.target, torch._ops.OpOverload)} == {"aten"}
+    out = model(torch.from_numpy(np.load(name + ".npy"))).detach().numpy()
+    np.save(name + "_out.npy", out)
+"""
+LOAD_ONNX = """
+    import onnxruntime
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    (out,) = session.run(["out"], {"x": np.load(name + ".npy")})
+    np.save(name + "_out.npy", out)
+    assert "torch" not in sys.modules
+"""
+
+
+def check_in_a_fresh_process(code, model, folder):
+    inputs = {"x": make_inputs(model, 1), "y": make_inputs(model, 5)}
+    for name, x in inputs.items():
+        np.save(folder / f"{name}.npy", x.numpy())
+    fresh_process(code, folder)
+    for name, x in inputs.items():
+        out = torch.from_numpy(np.load(folder / f"{name}_out.npy"))
+        expected = model(x).detach()
+        assert (out - expected).abs().max() < 1e-5 * expected.abs().max()
+        # Not a constant that a dead activation leaves.
+        assert len(x) == 1 or expected.std(dim=0).max() > 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("make", "pool"), CASES)
+def test_torch_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
+    model = make_model(hierarchy, make, pool)
+    difference = export_torch(model, make_inputs(model, 2), tmp_path / "model.pt2")
+    assert 0 <= difference < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+    check_in_a_fresh_process(LOAD_TORCH, model, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("make", "pool"), CASES)
+def test_onnx_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    model = make_model(hierarchy, make, pool)
+    difference = export_onnx(model, make_inputs(model, 2), tmp_path / "model.onnx")
+    assert 0 <= difference < 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert {node.domain for node in graph.node} == {""}
+    # In onnxruntime's threads its sums are wrong, on meshes larger than these.
+    assert "ScatterND" not in {node.op_type for node in graph.node}
+    check_in_a_fresh_process(LOAD_ONNX, model, tmp_path)
+
+
+@pytest.mark.parametrize("down", ["full", "diffpool", "variant"])
+def test_the_other_poolings_are_exported_too(tmp_path, hierarchy, down):
+    model = MeshAutoencoder(hierarchy, down=down, K=3, **SMALL)
+    example = make_inputs(model, 1)
+    assert export_torch(model, example, tmp_path / "model.pt2") < 1e-5
+    x = make_inputs(model, 3)
+    out = torch.export.load(tmp_path / "model.pt2").module()(x)
+    assert_close(out, model(x))
+
+
+def test_the_export_has_the_parameters_of_the_qem_twin_and_no_training_data(tmp_path, hierarchy):
+    counts, path = {}, tmp_path / "model.pt2"
+    for pool in ("qem", "attention"):
+        model = make_model(hierarchy, coma, pool)
+        export_torch(model, make_inputs(model, 64), path)
+        counts[pool] = sum(p.numel() for p in torch.export.load(path).parameters())
+    assert counts["attention"] == counts["qem"] == sum(p.numel() for p in model.parameters())
+    assert torch.export.load(path).example_inputs is None
+
+
+def test_a_model_in_metres_is_exported_as_one(tmp_path, hierarchy):
+    training = pytest.importorskip("pyg_attnpool.training")
+    vertices = torch.from_numpy(hierarchy.vertices[0]).float()
+    x = 0.1 * vertices + 0.01 * torch.randn(6, len(vertices), 3)
+    model = training.Standardized.from_meshes(make_model(hierarchy, coma, "attention"), x)
+    model.train()
+    assert export_torch(model, x, tmp_path / "model.pt2") < 1e-5
+    assert model.training and model.model.training
+    loaded = torch.export.load(tmp_path / "model.pt2").module()
+    assert_close(loaded(x[:3]), model(x[:3]))
+
+
+def test_double_precision_stays(tmp_path, hierarchy):
+    model = make_model(hierarchy, neural3dmm, "attention").double()
+    x = make_inputs(model, 3).double()
+    assert export_torch(model, x, tmp_path / "model.pt2") < 1e-12
+    assert torch.export.load(tmp_path / "model.pt2").module()(x).dtype == torch.double
+
+
+@pytest.mark.parametrize("export", [export_torch, export_onnx])
+def test_a_model_that_holds_attention_is_refused(tmp_path, hierarchy, export):
+    path = tmp_path / "model"
+    kwargs = dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
+    model = coma(hierarchy, "attention", **SMALL, **kwargs)
+    with pytest.raises(ValueError, match=r"'pools.0': 'AttentionPool'.*`freeze_attention\(model\)"):
+        export(model, make_inputs(model, 2), path)
+    with pytest.raises(ValueError, match=r"AttentionPool.*`freeze_attention\(model\)"):
+        export(make_pool(), torch.randn(2, 9, 5), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("example", "got"),
+    [
+        (torch.zeros(0, 9, 3), r"\[0, 9, 3\]"),
+        (torch.zeros(9), r"\[9\]"),
+        ("x", "str"),
+        (torch.zeros(2, 9, 3).long(), "int64"),
+        (torch.full((2, 9, 3), torch.nan), "NaN or infinity"),
+    ],
+)
+def test_bad_examples(tmp_path, example, got):
+    with pytest.raises(ValueError, match=f"Expected an example.*got .*{got}"):
+        export_torch(torch.nn.Linear(3, 3), example, tmp_path / "model.pt2")
+
+
+class Rounded(torch.nn.Module):
+    r"""Computes something else when it is traced."""
+
+    def forward(self, x):
+        return x + 1e-4 if torch.compiler.is_compiling() else x
+
+
+@pytest.mark.parametrize("export", [export_torch, export_onnx])
+def test_an_export_that_differs_is_not_written(tmp_path, export):
+    if export is export_onnx:
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.pt2"
+    path.write_text("the earlier one")
+    with pytest.raises(RuntimeError, match=r"within 1e-05 .*difference of .*e-05.* is not written"):
+        export(Rounded(), torch.randn(2, 9, 3), path)
+    assert path.read_text() == "the earlier one"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("package", ["onnxruntime", "onnxscript"])
+def test_without_onnx_the_extra_is_named(tmp_path, package, monkeypatch):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setitem(sys.modules, package, None)
+    line = rf'{package}.*pip install "pyg_attnpool\[export\]"'
+    with pytest.raises(ImportError, match=line):
+        export_onnx(torch.nn.Linear(3, 3), torch.randn(2, 9, 3), tmp_path / "model.onnx")

@@ -38,12 +38,21 @@ def data():
     from pyg_attnpool.datasets import AnnyFaces
     AnnyFaces("faces")
 
+def export():
+    from pyg_attnpool.export import export_onnx
+    export_onnx(torch.nn.Linear(3, 3), x, "model.onnx")
+
+def tgp():
+    import pyg_attnpool.tgp
+
 for use, package, line in [
     (sparse, "torch_sparse", "pip install torch_scatter torch_sparse --no-build-isolation"),
     (files, "openmesh", 'pip install "pyg_attnpool[mesh]" --no-build-isolation'),
     (train, "pytorch_lightning", 'pip install "pyg_attnpool[train]"'),
     (viz, "matplotlib", 'pip install "pyg_attnpool[viz]"'),
     (data, "anny", 'pip install "pyg_attnpool[data]"'),
+    (export, "onnxruntime", 'pip install "pyg_attnpool[export]"'),
+    (tgp, "torch-geometric-pool", 'pip install "pyg_attnpool[tgp]"'),
 ]:
     try:
         use()

@@ -1,10 +1,17 @@
+from __future__ import annotations
+
+import hashlib
+import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Linear, ModuleList
 
+from pyg_attnpool.files import replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
@@ -14,6 +21,9 @@ ENCODER_CHANNELS = (3, 16, 16, 16, 32)
 DECODER_CHANNELS = (32, 32, 16, 16, 16, 3)
 WIDER_ENCODER_CHANNELS = (3, 16, 32, 64, 128)
 WIDER_DECODER_CHANNELS = (128, 64, 32, 32, 16, 3)
+
+VERSION = 1  # of a saved model
+FILES = ("hierarchy.npz", "weights.safetensors", "model.json")
 
 POOLINGS = ("qem", "attention", "full", "diffpool", "average", "variant")
 ACTIVATIONS: dict[str | None, Callable[[Tensor], Tensor]] = {
@@ -104,6 +114,24 @@ class MeshAutoencoder(torch.nn.Module):
         up_kwargs: dict[str, Any] | None = None,
     ):
         super().__init__()
+        # What `save` needs to make the model again.
+        self.hierarchy = hierarchy
+        self.arguments = {
+            "conv": conv,
+            "down": down,
+            "up": up,
+            "encoder_channels": list(encoder_channels),
+            "decoder_channels": list(decoder_channels),
+            "latent_channels": latent_channels,
+            "activation": activation,
+            "latent_activation": latent_activation,
+            "expand_activation": expand_activation,
+            "out_bias": out_bias,
+            "K": K,
+            "spirals": spirals,
+            "down_kwargs": down_kwargs,
+            "up_kwargs": up_kwargs,
+        }
         up = down if up is None else up
         num_vertices = hierarchy.num_vertices
         steps = len(num_vertices) - 1
@@ -205,11 +233,114 @@ class MeshAutoencoder(torch.nn.Module):
         r"""Reconstructs vertex features :obj:`[B, N, 3]`."""
         return self.decode(self.encode(x))
 
+    def save(self, folder: str | Path):
+        r"""Writes the model to a folder (extra :obj:`export`): its weights and mappings
+        (:obj:`weights.safetensors`), its hierarchy (:obj:`hierarchy.npz`), and the arguments that
+        make it from them (:obj:`model.json`), each under a temporary name until all are whole.
+
+        Raises:
+            ImportError: If :obj:`safetensors` is not installed.
+            TypeError: If JSON cannot hold an argument, such as a tensor as :obj:`prior`.
+        """
+        safetensors = _import_safetensors()
+        weights = safetensors.save(
+            {
+                # Copies, as the format refuses views of one storage.
+                name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for name, tensor in self.state_dict().items()
+            }
+        )
+        description = {
+            "version": VERSION,
+            "arguments": self.arguments,
+            # As built, each of them would be learned.
+            "frozen": self._frozen(),
+            "hierarchy": self.hierarchy.hash,
+            "weights": hashlib.sha256(weights).hexdigest(),
+        }
+        try:
+            text = json.dumps(description, indent=2)
+        except TypeError as e:
+            raise TypeError(f"Expected arguments that JSON can hold (got: {e})") from e
+        with ExitStack() as stack:
+            paths = [stack.enter_context(replacing(Path(folder) / name)) for name in FILES]
+            self.hierarchy.save(paths[0])
+            paths[1].write_bytes(weights)
+            paths[2].write_text(text + "\n")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> MeshAutoencoder:
+        r"""Reads a model written by :meth:`save`, onto the CPU.
+
+        Raises:
+            ImportError: If :obj:`safetensors` is not installed.
+            FileNotFoundError: If a file is missing.
+            ValueError: If a file is damaged, of another version, or of another model than the
+                others.
+        """
+        safetensors = _import_safetensors()
+        hierarchy_path, weights_path, path = (Path(folder) / name for name in FILES)
+        try:
+            description = json.loads(path.read_text())
+            version = description["version"]
+            arguments, frozen = description["arguments"], description["frozen"]
+            expected_hierarchy, expected_weights = description["hierarchy"], description["weights"]
+        except (ValueError, TypeError, KeyError) as e:
+            raise ValueError(f"Expected a whole description of a model in {path} (got: {e})") from e
+        if version != VERSION:
+            raise ValueError(f"Expected a model of version {VERSION} in {path} (got {version})")
+        hierarchy = MeshHierarchy.load(hierarchy_path)
+        if hierarchy.hash != expected_hierarchy:
+            raise ValueError(
+                f"Expected the hierarchy {expected_hierarchy[:16]} of {path} in {hierarchy_path} "
+                f"(got {hierarchy.hash[:16]})"
+            )
+        weights = weights_path.read_bytes()
+        if (found := hashlib.sha256(weights).hexdigest()) != expected_weights:
+            raise ValueError(
+                f"Expected the weights {expected_weights[:16]} of {path} in {weights_path} "
+                f"(got {found[:16]}, of another model or damaged)"
+            )
+        try:
+            with torch.random.fork_rng(devices=[]):  # every initial value is replaced
+                model = cls(hierarchy, **arguments)
+                for name in frozen:
+                    parent, _, child = name.rpartition(".")
+                    setattr(model.get_submodule(parent), child, model.get_submodule(name).freeze())
+            state = safetensors.load(weights)
+            # Assigned, so that the type is the saved one; what is not in the file follows it.
+            model.to(state["to_latent.weight"].dtype).load_state_dict(state, assign=True)
+        except (TypeError, KeyError, AttributeError, RuntimeError) as e:
+            raise ValueError(f"Expected a model that fits its weights in {path} (got: {e})") from e
+        return model
+
+    def _frozen(self) -> list[str]:
+        fixed = ("qem", "average")
+        down = self.arguments["down"]
+        up = self.arguments["up"] or down
+        return [
+            f"{name}.{i}"
+            for name, method in (("pools", down), ("unpools", up))
+            for i, pool in enumerate(getattr(self, name))
+            if method not in fixed and isinstance(pool, MappingPool)
+        ]
+
     def __repr__(self) -> str:
         return (
             f"{self.__class__.__name__}(num_vertices={list(self.num_vertices)}, "
             f"latent_channels={self.latent_channels})"
         )
+
+
+def _import_safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as e:
+        raise ImportError(
+            "Saved models require 'safetensors': install it with "
+            '`pip install "pyg_attnpool[export]"`'
+        ) from e
+    return safetensors.torch
 
 
 def _spirals(hierarchy: MeshHierarchy, level: int, options: dict[str, Any] | None) -> Tensor:
@@ -257,7 +388,8 @@ def _pooling(
     if method == "qem":
         return MappingPool(prior)
     kwargs = {"k": 2 if attention is AttentionPool else 32, "prior": prior, **kwargs}
-    kwargs["k"] = min(kwargs["k"], num_source)
+    if kwargs["k"] is not None:
+        kwargs["k"] = min(kwargs["k"], num_source)
     return attention(
         num_source,
         num_target,

@@ -73,6 +73,17 @@ def test_attention_without_a_prior(hierarchy):
     freeze_attention(model)(torch.randn(1, hierarchy.num_vertices[0], 3))
 
 
+def test_attention_over_all_sources(hierarchy):
+    every = dict(k=None, channels=5, fusion_weight=0.5)
+    model = MeshAutoencoder(
+        hierarchy, down="attention", down_kwargs=every, up_kwargs=every, **SMALL
+    )
+    for layer in [*model.pools, *model.unpools]:
+        x = torch.randn(2, layer.num_source, 3)
+        assert layer.attention().to_dense().count_nonzero() == layer.num_source * layer.num_target
+        assert_close(layer(x), layer.mapping().to_dense() @ x, atol=1e-5, rtol=1e-5)
+
+
 def test_arguments_of_a_pooling_that_takes_none(hierarchy):
     for method in ("qem", "full", "average", "variant"):
         with pytest.raises(ValueError, match=rf"no pooling arguments with '{method}'"):
