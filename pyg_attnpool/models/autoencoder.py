@@ -273,12 +273,10 @@ class MeshAutoencoder(torch.nn.Module):
         r"""Reads a model written by :meth:`save`, onto the CPU.
 
         Raises:
-            ImportError: If :obj:`safetensors` is not installed.
             FileNotFoundError: If a file is missing.
             ValueError: If a file is damaged, of another version, or of another model than the
                 others.
         """
-        safetensors = _import_safetensors()
         hierarchy_path, weights_path, path = (Path(folder) / name for name in FILES)
         try:
             description = json.loads(path.read_text())
@@ -307,7 +305,7 @@ class MeshAutoencoder(torch.nn.Module):
                 for name in frozen:
                     parent, _, child = name.rpartition(".")
                     setattr(model.get_submodule(parent), child, model.get_submodule(name).freeze())
-            state = safetensors.load(weights)
+            state = _read_safetensors(weights)
             # Assigned, so that the type is the saved one; what is not in the file follows it.
             model.to(state["to_latent.weight"].dtype).load_state_dict(state, assign=True)
         except (TypeError, KeyError, AttributeError, RuntimeError) as e:
@@ -332,12 +330,27 @@ class MeshAutoencoder(torch.nn.Module):
         )
 
 
+def _read_safetensors(content: bytes) -> dict[str, Tensor]:
+    # A JSON header of its length before it, then the tensors. Read here, so that a saved model
+    # loads with the core dependencies alone.
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}
+    dtypes |= {"BF16": torch.bfloat16, "I64": torch.int64}
+    start = 8 + int.from_bytes(content[:8], "little")
+    state = {}
+    for name, entry in json.loads(content[8:start]).items():
+        if name != "__metadata__":
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            data = bytearray(content[begin:end])
+            state[name] = torch.frombuffer(data, dtype=dtypes[entry["dtype"]]).view(entry["shape"])
+    return state
+
+
 def _import_safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as e:
         raise ImportError(
-            "Saved models require 'safetensors': install it with "
+            "Saving models requires 'safetensors': install it with "
             '`pip install "pyg_attnpool[export]"`'
         ) from e
     return safetensors.torch
