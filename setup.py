@@ -4,9 +4,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
-version = re.search(r'__version__ = "(.+)"', (here / "pyg_attnpool/__init__.py").read_text()).group(
-    1
-)
+source = (here / "pyg_attnpool/__init__.py").read_text()
+version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 sparse = ["torch_sparse>=0.6.18", "torch_scatter>=2.1.2"]
 mesh = ["openmesh>=1.2.1"]

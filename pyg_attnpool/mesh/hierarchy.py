@@ -14,7 +14,7 @@ from torch import Tensor
 from pyg_attnpool.files import digest, replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
-from pyg_attnpool.mesh.io import check_mesh, read_mesh
+from pyg_attnpool.mesh.io import check_mesh, edges, read_mesh
 from pyg_attnpool.mesh.qem import decimate
 from pyg_attnpool.mesh.spiral import reference_vertices, spiral_sequences
 
@@ -146,10 +146,7 @@ class MeshHierarchy:
 
     def edge_index(self, level: int) -> Tensor:
         r"""The edges :obj:`[2, E]` of a level in both directions, sorted, without duplicates."""
-        faces = self.faces[level]
-        edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-        edge = np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
-        return torch.from_numpy(edge.T.copy())
+        return torch.from_numpy(edges(self.faces[level]).T.copy())
 
     def receptive_field(self, source: int, target: int) -> Mapping:
         r"""Equal weights over what simplification joined, between neighbouring levels. Down: every

@@ -150,6 +150,12 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     return vertices, faces
 
 
+def edges(faces: ndarray) -> ndarray:
+    r"""The edges :obj:`[E, 2]` of faces in both directions, sorted, without duplicates."""
+    edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
+    return np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
+
+
 def _check_manifold(faces: ndarray, num_vertices: int):
     source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
     low, high = np.minimum(source, target), np.maximum(source, target)

@@ -8,7 +8,7 @@ import numpy as np
 from numpy import ndarray
 
 from pyg_attnpool.mesh.closest import closest_on_triangles, closest_points
-from pyg_attnpool.mesh.io import check_mesh
+from pyg_attnpool.mesh.io import check_mesh, edges
 
 BOUNDARY = 1.0  # weight of the planes that hold the boundary
 FLAT = 1e-3  # weight of the distance moved, which decides where the surface is flat
@@ -150,8 +150,7 @@ def _collapse_edges(
 
 
 def _candidates(points: ndarray, faces: ndarray, quadrics: ndarray) -> list:
-    pairs = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    i, j = np.unique(np.concatenate([pairs, pairs[:, ::-1]]), axis=0).T
+    i, j = edges(faces).T
     cost = _cost(quadrics[i].T, quadrics[j].T, points[j].T)
     return list(zip(cost.tolist(), i.tolist(), j.tolist(), [0] * len(i), strict=True))
 

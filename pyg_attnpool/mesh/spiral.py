@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.mesh.io import check_mesh
+from pyg_attnpool.mesh.io import check_mesh, edges
 
 GAP = -1  # where a spiral passes a boundary, and where it has ended
 
@@ -157,8 +157,7 @@ def reference_vertices(
 def _edge_lengths(vertices: ndarray, faces: ndarray):
     from scipy.sparse import coo_array
 
-    edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    edge = np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
+    edge = edges(faces)
     length = np.linalg.norm(vertices[edge[:, 0]] - vertices[edge[:, 1]], axis=1)
     # An edge of no length would be no edge to the graph.
     length = np.maximum(length, np.finfo(float).tiny)
