@@ -153,14 +153,9 @@ class Mapping:
             :obj:`[E']` in the type of :obj:`edge_weight`, differentiable in the weights of
             mapping and edges.
         """
-        row, col, weight = self._entries()
-        sample = torch.arange(batch_size, device=self.device).unsqueeze(1)
-        row = (row + sample * self.num_target).flatten()
-        col = (col + sample * self.num_source).flatten()
+        row, col, weight = self._blocks(batch_size)
         size = (batch_size * self.num_target, batch_size * self.num_source)
-        return pool_adjacency(
-            row, col, weight.repeat(batch_size), size, edge_index, edge_weight, remove_self_loops
-        )
+        return pool_adjacency(row, col, weight, size, edge_index, edge_weight, remove_self_loops)
 
     # Conversions #####################################################################
 
@@ -176,6 +171,14 @@ class Mapping:
             entry, weight = entry[used], weight[used]
         row = torch.div(entry, self.num_source, rounding_mode="floor")
         return row, entry - row * self.num_source, weight
+
+    def _blocks(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
+        # The entries of the matrix repeated along the diagonal, for the graphs of a mini-batch.
+        row, col, weight = self._entries()
+        sample = torch.arange(batch_size, device=self.device).unsqueeze(1)
+        row = (row + sample * self.num_target).flatten()
+        col = (col + sample * self.num_source).flatten()
+        return row, col, weight.repeat(batch_size)
 
     def to_sparse_tensor(self):
         r"""The matrix as :class:`torch_sparse.SparseTensor` of size

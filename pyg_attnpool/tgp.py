@@ -111,13 +111,10 @@ class MappingSelect(Select):
 
 def _blocks(mapping: Mapping, batch_size: int, dtype: torch.dtype) -> Tensor:
     # The matrix as sparse COO, repeated along the diagonal.
-    (col, row), weight = mapping.to_edge_index()
-    sample = torch.arange(batch_size, device=weight.device).unsqueeze(1)
-    row = (row + sample * mapping.num_target).flatten()
-    col = (col + sample * mapping.num_source).flatten()
+    row, col, weight = mapping._blocks(batch_size)
     return torch.sparse_coo_tensor(
         torch.stack([row, col]),
-        weight.to(dtype).repeat(batch_size),
+        weight.to(dtype),
         (batch_size * mapping.num_target, batch_size * mapping.num_source),
         is_coalesced=True,
     )

@@ -58,7 +58,8 @@ def spiral_sequences(
     if length is not None and (hops != 1 or truncate):
         raise ValueError("Expected either 'length' or 'hops' and 'truncate' (got both)")
     rings = _Rings(faces, len(vertices))
-    start = _starts(vertices, faces, reference_vertices(vertices, faces, reference))
+    graph = _edge_lengths(vertices, faces)
+    start = _starts(graph, _references(vertices, graph, reference))
     spirals = []
     for vertex in range(len(vertices)):
         spiral = [vertex]
@@ -138,6 +139,10 @@ def reference_vertices(
 ) -> ndarray:
     r"""The reference vertices given and, for every component without one, its vertex that lies
     farthest from its mean."""
+    return _references(vertices, _edge_lengths(vertices, faces), reference)
+
+
+def _references(vertices: ndarray, graph, reference: Sequence[int] | None) -> ndarray:
     from scipy.sparse.csgraph import connected_components
 
     reference = np.array([] if reference is None else reference, dtype=np.int64).ravel()
@@ -146,7 +151,7 @@ def reference_vertices(
             f"Expected 'reference' vertices from 0 to {len(vertices) - 1} "
             f"(got {reference.tolist()})"
         )
-    _, component = connected_components(_edge_lengths(vertices, faces), directed=False)
+    _, component = connected_components(graph, directed=False)
     for label in np.setdiff1d(component, component[reference]):
         members = np.flatnonzero(component == label)
         offset = vertices[members] - vertices[members].mean(axis=0)
@@ -164,11 +169,10 @@ def _edge_lengths(vertices: ndarray, faces: ndarray):
     return coo_array((length, edge.T), shape=(len(vertices), len(vertices))).tocsr()
 
 
-def _starts(vertices: ndarray, faces: ndarray, reference: ndarray) -> ndarray:
+def _starts(graph, reference: ndarray) -> ndarray:
     # The neighbour of every vertex at which its spiral starts.
     from scipy.sparse.csgraph import dijkstra
 
-    graph = _edge_lengths(vertices, faces)
     _, start, _ = dijkstra(
         graph, directed=False, indices=reference, return_predecessors=True, min_only=True
     )
