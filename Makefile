@@ -27,7 +27,7 @@ endef
 INSTALL := $(RUN) -m pip install --progress-bar on
 
 # openmesh needs a CMake of before 4 and a setuptools of before 81.
-$(VENV)/.complete: setup.py Makefile
+$(VENV)/.complete: setup.py Makefile pyg_attnpool/ops/cpu.cpp
 	$(call step,1/5 virtual environment in $(VENV),\
 	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 11)' \
 	  && $(PYTHON) -m venv --without-pip $(VENV) \

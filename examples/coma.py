@@ -8,9 +8,9 @@ COMA faces, 8 latent channels, 300 epochs, interpolation split, mean error per v
 
 Reproduced on AnnyFaces (4,538 vertices, 2,271 training and 319 test meshes; at 20 frames a sequence
 the test part is whole sequences that training never sees), 12 epochs of the fast recipe, two cores
-of an AMD EPYC, seeds 0 to 3, all 8 latent channels alive:
+of an AMD EPYC, seeds 0 to 2, all 8 latent channels alive:
 
-    QEM 1.703 1.705 1.706 1.702 mm    learned 1.287 1.277 1.377 1.251 mm    PCA 1.600 mm
+    QEM 1.684 1.692 1.710 mm    learned 1.286 1.274 1.366 mm    PCA 1.600 mm
 
 and with --published, seed 0: QEM 1.753 mm, learned 1.551 mm.
 """

@@ -51,6 +51,14 @@ def saved_numel():
 
 
 @pytest.fixture
+def num_threads():
+    r"""Sets the number of threads of an operation, for the length of a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
 def compiled():
     r"""Compiles without allowing a graph break, and without what other tests have compiled."""
     torch.compiler.reset()

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 CHECK = """
+import shutil
 import sys
 import torch
 from torch_geometric.nn import ChebConv
 import pyg_attnpool
 from pyg_attnpool import AttentionPool, Mapping, freeze_attention
+
+from pyg_attnpool.ops import _cpu
+assert _cpu.AVAILABLE == (shutil.which("g++") is not None), "compiled where there is a compiler"
 
 optional = "torch_sparse torch_scatter openmesh pytorch_lightning torchmetrics anny matplotlib"
 assert not {name for name in optional.split() if name in sys.modules}

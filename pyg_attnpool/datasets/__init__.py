@@ -1,5 +1,20 @@
+from pyg_attnpool.datasets.anny_bodies import AnnyBodies
 from pyg_attnpool.datasets.anny_faces import AnnyFaces
+from pyg_attnpool.datasets.anny_hands import AnnyHands
+from pyg_attnpool.datasets.coma import CoMA
+from pyg_attnpool.datasets.dynamic_faust import DynamicFAUST
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset, Split
 from pyg_attnpool.datasets.registered_meshes import RegisteredMeshes
+from pyg_attnpool.datasets.syn_hand import SynHand
 
-__all__ = ["AnnyFaces", "MeshDataset", "RegisteredMeshes", "Split"]
+__all__ = [
+    "AnnyBodies",
+    "AnnyFaces",
+    "AnnyHands",
+    "CoMA",
+    "DynamicFAUST",
+    "MeshDataset",
+    "RegisteredMeshes",
+    "Split",
+    "SynHand",
+]

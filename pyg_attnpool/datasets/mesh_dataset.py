@@ -9,7 +9,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch_geometric.data import Data, Dataset
 
-LABELS = ("name", "subject", "expression", "frame")
+KINDS = ("interpolation", "extrapolation", "identity", "sequence", "independent", "listed")
 
 
 class Split(NamedTuple):
@@ -22,7 +22,8 @@ class Split(NamedTuple):
 
 class MeshDataset(Dataset):
     r"""Registered meshes: every mesh has the vertices and faces of one template. They are held as
-    one tensor; :obj:`dataset[i].pos` is a view of it.
+    one tensor; :obj:`dataset[i].pos` is a view of it. The tensor may be that of a file mapped to
+    memory, of which only the meshes in use are read: :meth:`read` takes some of them.
 
     Indexing by a slice, list or tensor gives the data set of those meshes alone, as in every
     :class:`torch_geometric.data.Dataset`; :attr:`vertices`, labels and :meth:`split` follow.
@@ -36,6 +37,9 @@ class MeshDataset(Dataset):
         transform (callable, optional): Applied to a :class:`~torch_geometric.data.Data` object at
             every access. (default: :obj:`None`)
     """
+
+    default_split = "interpolation"
+    r"""The kind of :meth:`split` that the experiments of the paper use."""
 
     def __init__(
         self,
@@ -56,6 +60,11 @@ class MeshDataset(Dataset):
         r"""All meshes as one tensor :obj:`[M, N, 3]` in metres: the stored one, or of a subset a
         copy."""
         return self._vertices if self._indices is None else self._vertices[list(self._indices)]
+
+    def read(self, index: Tensor) -> Tensor:
+        r"""Some meshes as a tensor :obj:`[B, N, 3]` in metres, in memory."""
+        indices = self.indices()
+        return self._vertices[[indices[i] for i in index.tolist()]]
 
     @property
     def name(self) -> list[str] | None:
@@ -89,9 +98,14 @@ class MeshDataset(Dataset):
         return Data(pos=self._vertices[idx], face=self._face, **labels)
 
     def split(
-        self, kind: str, *, expression: str | None = None, subject: str | None = None
+        self,
+        kind: str | None = None,
+        *,
+        expression: str | None = None,
+        subject: str | None = None,
+        names: Sequence[str] | None = None,
     ) -> Split:
-        r"""The published splits of the COMA data, in the order of the meshes. Validation is never
+        r"""The splits of the published experiments, in the order of the meshes. Validation is never
         cut from the test part.
 
         1. :obj:`"interpolation"`: of every 100 meshes the first 11 are test, the next 10
@@ -102,37 +116,57 @@ class MeshDataset(Dataset):
 
         3. :obj:`"identity"`: all meshes of :obj:`subject` are test.
 
-        For the last two, of every 100 remaining meshes the first 10 are validation.
+        4. :obj:`"sequence"`: of every 10 sequences, that is expressions of a subject, the first is
+        test and the second validation. Meshes side by side in a sequence are almost the same.
+
+        5. :obj:`"independent"`: of every 100 meshes the first 10 are test; for meshes that are
+        drawn one by one.
+
+        6. :obj:`"listed"`: the meshes of :obj:`names` are test.
+
+        But for the first and fourth, of every 100 remaining meshes the first 10 are validation.
 
         Args:
-            kind (str): One of the three.
+            kind (str, optional): One of these. If :obj:`None`, :attr:`default_split`.
+                (default: :obj:`None`)
             expression (str, optional): The expression held out. (default: :obj:`None`)
             subject (str, optional): The subject held out. (default: :obj:`None`)
+            names (list, optional): The names of test meshes, as in :attr:`name`.
+                (default: :obj:`None`)
 
         Raises:
-            ValueError: If the kind, expression or subject is unknown, or a part would be empty.
+            ValueError: If the kind, expression, subject or a name is unknown, or a part would be
+                empty.
         """
-        if kind not in ("interpolation", "extrapolation", "identity"):
-            raise ValueError(
-                f"Expected 'kind' to be 'interpolation', 'extrapolation' or 'identity' "
-                f"(got {kind!r})"
-            )
+        kind = self.default_split if kind is None else kind
+        if kind not in KINDS:
+            raise ValueError(f"Expected 'kind' to be one of {', '.join(KINDS)} (got {kind!r})")
         if kind != "extrapolation" and expression is not None:
             raise ValueError(f"Expected no 'expression' for kind={kind!r} (got {expression!r})")
         if kind != "identity" and subject is not None:
             raise ValueError(f"Expected no 'subject' for kind={kind!r} (got {subject!r})")
+        if kind != "listed" and names is not None:
+            raise ValueError(f"Expected no 'names' for kind={kind!r} (got {len(names)})")
 
-        index = torch.arange(len(self))
         if kind == "interpolation":
-            is_test, is_val = _of_every_100(len(self), 11, 10)
+            is_test, is_val = _of_every(100, len(self), 11, 10)
+        elif kind == "sequence":
+            sequence = self._sequences()
+            parts = _of_every(10, int(sequence.max()) + 1, 1, 1)
+            is_test, is_val = (part[sequence] for part in parts)
         else:
             if kind == "extrapolation":
                 is_test = self._held_out("expression", expression)
-            else:
+            elif kind == "identity":
                 is_test = self._held_out("subject", subject)
-            rest = index[~is_test]
+            elif kind == "independent":
+                (is_test,) = _of_every(100, len(self), 10)
+            else:
+                is_test = self._listed(names)
+            rest = (~is_test).nonzero().flatten()
             is_val = torch.zeros_like(is_test)
-            is_val[rest[_of_every_100(len(rest), 10)[0]]] = True
+            is_val[rest[_of_every(100, len(rest), 10)[0]]] = True
+        index = torch.arange(len(self))
         split = Split(index[~is_test & ~is_val], index[is_val], index[is_test])
         if any(len(part) == 0 for part in split):
             raise ValueError(
@@ -141,6 +175,27 @@ class MeshDataset(Dataset):
                 f"{len(split.test)} for test)"
             )
         return split
+
+    def _listed(self, names: Sequence[str] | None) -> Tensor:
+        known = self.name
+        if known is None or names is None:
+            raise ValueError("Expected meshes with known 'name', and 'names' of some (got none)")
+        unknown = set(names).difference(known)
+        if unknown:
+            raise ValueError(
+                f"Expected 'names' of meshes such as {known[0]!r} (got {min(unknown)!r} and "
+                f"{len(unknown) - 1} other unknown ones)"
+            )
+        test = set(names)
+        return torch.tensor([name in test for name in known])
+
+    def _sequences(self) -> Tensor:
+        # The number of the sequence of every mesh, in sorted order.
+        if self.subject is None or self.expression is None:
+            raise ValueError("Expected meshes with known 'subject' and 'expression' (got none)")
+        sequences = list(zip(self.subject, self.expression, strict=True))
+        place = {sequence: i for i, sequence in enumerate(sorted(set(sequences)))}
+        return torch.tensor([place[sequence] for sequence in sequences])
 
     def _held_out(self, key: str, value: str | None) -> Tensor:
         labels = self._label(key)
@@ -151,13 +206,13 @@ class MeshDataset(Dataset):
         return torch.tensor([label == value for label in labels])
 
 
-def _of_every_100(num: int, *counts: int) -> list[Tensor]:
-    # The first count of every 100, the next count and so on, as masks. Less than one block is a
-    # block in proportion: the rule of 100 would leave it all to the first parts.
-    block = max(min(num, 100), 1)
+def _of_every(size: int, num: int, *counts: int) -> list[Tensor]:
+    # The first count of every block of a size, the next count and so on, as masks. Less than one
+    # block is a block in proportion: the rule would leave it all to the first parts.
+    block = max(min(num, size), 1)
     place = torch.arange(num) % block
     masks, end = [], 0
     for count in counts:
-        start, end = end, end - (-count * block // 100)
+        start, end = end, end - (-count * block // size)
         masks.append((place >= start) & (place < end))
     return masks

@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import hashlib
+import tempfile
+import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -12,7 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.datasets.stored import mapped_array, stored
 from pyg_attnpool.mesh.io import SUFFIXES, read_mesh
+
+# Part of every stored file: raised with every change of how meshes are read.
+GENERATOR = 1
+
+BLOCK = 64  # meshes read between two steps of the progress bar
 
 
 class RegisteredMeshes(MeshDataset):
@@ -24,6 +34,9 @@ class RegisteredMeshes(MeshDataset):
     COMA's do (:obj:`subject/expression/mesh.ply`), these folders name subject and expression, and
     the place of a file among those of its folder is the frame.
 
+    More meshes than memory holds are mapped rather than read: with :obj:`root`, or those of a
+    :obj:`.npy` file of float32 in metres.
+
     Args:
         path (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
             array of vertices :obj:`[M, N, 3]`. A :obj:`.npz` file names it :obj:`"vertices"` or
@@ -34,12 +47,15 @@ class RegisteredMeshes(MeshDataset):
         scale (float, optional): What takes the unit of the meshes to metres, such as
             :obj:`0.001` for millimetres. (default: :obj:`1.0`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        root (str or Path, optional): Another folder to store the vertices in, as
+            :obj:`processed/{name}.npz` and :obj:`.npy`; files are then read once, and again when
+            names, sizes or times of them change. (default: :obj:`None`)
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
         ValueError: If there are no meshes, a file cannot be read, a mesh has another number of
-            vertices or other faces than the template, or a coordinate is not finite. The message
-            names the file.
+            vertices or other faces than the template, a coordinate is not finite, or the disk is
+            full. The message names the file.
     """
 
     def __init__(
@@ -48,30 +64,204 @@ class RegisteredMeshes(MeshDataset):
         template: str | Path | tuple[ndarray, ndarray] | None = None,
         scale: float = 1.0,
         transform: Callable | None = None,
+        root: str | Path | None = None,
     ):
         if not (np.isfinite(scale) and scale > 0):
             raise ValueError(f"Expected a positive 'scale' (got {scale})")
         path = Path(path).expanduser()
         if isinstance(template, str | Path):
-            template = _read_mesh(Path(template).expanduser())
+            template = read_finite(Path(template).expanduser())
         elif template is not None:
             template = _check_template(*template)
         if path.is_dir():
-            vertices, template, labels = _read_folder(path, template)
+            source = MeshFiles(path, mesh_names(path), template, scale)
         else:
-            vertices, labels = _read_array(path), {}
-            if template is None:
-                raise ValueError(
-                    f"Expected a 'template' with the faces of the meshes in {path} (got None)"
-                )
-            if vertices.size(1) != len(template[0]):
-                raise ValueError(
-                    f"Expected meshes of {len(template[0])} vertices as the template has in "
-                    f"{path} (got {vertices.size(1)})"
-                )
-        if scale != 1:
-            vertices *= scale
-        super().__init__(vertices, (scale * template[0], template[1]), labels, str(path), transform)
+            source = _MeshArray(path, template, scale)
+        if root is None:
+            vertices = source.read()
+        else:
+            file = Path(root).expanduser() / "processed" / f"{path.stem}.npz"
+            vertices = torch.from_numpy(source.stored(file)["vertices"])
+        super().__init__(vertices, source.template, source.labels, str(path), transform)
+
+
+class _Meshes:
+    # Meshes in a folder or file, as source.
+    path: Path
+    template: tuple[ndarray, ndarray]
+    sizes: list[int]
+    labels: dict[str, list]
+
+    def stored(self, path: Path) -> dict[str, ndarray]:
+        r"""All meshes, stored as by :meth:`~pyg_attnpool.datasets.stored.stored`."""
+        known = hashlib.sha256(self.content().encode())
+        for array in self.template:
+            known.update(np.ascontiguousarray(array).data)
+        settings = {"generator": GENERATOR, "source": known.hexdigest()}
+        return stored(path, settings, lambda: self, f"Reading {path.stem}")
+
+    def content(self) -> str:
+        r"""What changes when the meshes do."""
+        raise NotImplementedError
+
+
+class MeshFiles(_Meshes):
+    r"""The files of a folder or archive as a source of meshes of one topology.
+
+    Args:
+        path (Path): A folder, or a :obj:`.zip` archive.
+        names (list): The files within, in the order of the meshes.
+        template (tuple, optional): Vertices and faces, or the first mesh. (default: :obj:`None`)
+        scale (float, optional): As in :class:`RegisteredMeshes`. (default: :obj:`1.0`)
+
+    Raises:
+        ValueError: As of :class:`RegisteredMeshes`, also when blocks are read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: list[str],
+        template: tuple[ndarray, ndarray] | None = None,
+        scale: float = 1.0,
+    ):
+        self.path, self.names, self.scale = path, names, scale
+        self.first = "the template"
+        if template is None:
+            with self._opened() as read:
+                template, self.first = read(names[0]), path / names[0]
+        self.shape, self.faces = template[0].shape, template[1]
+        self.template = scale * template[0], template[1]
+        self.sizes = _sizes(len(names))
+        self.labels = _labels(names)
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        with self._opened() as read:
+            for i in range(start * BLOCK, len(self.names), BLOCK):
+                block = [self._checked(name, *read(name)) for name in self.names[i : i + BLOCK]]
+                yield np.stack(block)
+
+    def read(self) -> Tensor:
+        r"""All meshes, in memory."""
+        vertices = torch.empty(len(self.names), *self.shape)
+        blocks = tqdm(
+            self.blocks(0),
+            desc=f"Reading {self.path.name}",
+            total=len(self.sizes),
+            disable=len(self.names) < 100,
+        )
+        for part, block in zip(vertices.split(BLOCK), blocks, strict=True):
+            part.copy_(torch.from_numpy(block))
+        return vertices
+
+    def content(self) -> str:
+        files = [self.path / name for name in self.names] if self.path.is_dir() else [self.path]
+        states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        return repr((self.names, self.scale, states))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[str], tuple[ndarray, ndarray]]]:
+        if self.path.is_dir():
+            yield lambda name: read_finite(self.path / name)
+            return
+        # One file at a time is unpacked: all of them would take the disk twice.
+        with ZipFile(self.path) as archive, tempfile.TemporaryDirectory() as folder:
+
+            def read(name: str) -> tuple[ndarray, ndarray]:
+                try:
+                    file = Path(archive.extract(name, folder))
+                    mesh = read_finite(file)
+                except (BadZipFile, EOFError, ValueError, zlib.error) as e:
+                    raise ValueError(
+                        f"Expected a whole mesh {name} in {self.path} (got: {e})"
+                    ) from e
+                file.unlink()
+                return mesh
+
+            yield read
+
+    def _checked(self, name: str, vertices: ndarray, faces: ndarray) -> ndarray:
+        file = self.path / name
+        if vertices.shape != self.shape:
+            raise ValueError(
+                f"Expected {self.shape[0]} vertices in {file} as {self.first} has "
+                f"(got {vertices.shape[0]})"
+            )
+        if not np.array_equal(faces, self.faces):
+            raise ValueError(
+                f"Expected the faces of {self.first} in {file} "
+                f"(got {_difference(faces, self.faces)})"
+            )
+        return (self.scale * vertices).astype(np.float32)
+
+
+class _MeshArray(_Meshes):
+    def __init__(self, path: Path, template: tuple[ndarray, ndarray] | None, scale: float):
+        self.path, self.scale = path, scale
+        self.vertices = _read_array(path)
+        if template is None:
+            raise ValueError(
+                f"Expected a 'template' with the faces of the meshes in {path} (got None)"
+            )
+        if self.vertices.size(1) != len(template[0]):
+            raise ValueError(
+                f"Expected meshes of {len(template[0])} vertices as the template has in "
+                f"{path} (got {self.vertices.size(1)})"
+            )
+        self.template = scale * template[0], template[1]
+        self.sizes = _sizes(len(self.vertices))
+        self.labels = {}
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        for block in self.vertices.split(BLOCK)[start:]:
+            yield (self.scale * block).numpy()
+
+    def read(self) -> Tensor:
+        return self.vertices if self.scale == 1 else self.vertices.mul_(self.scale)
+
+    def content(self) -> str:
+        status = self.path.stat()
+        return repr((self.scale, status.st_size, status.st_mtime_ns))
+
+
+def _sizes(num: int) -> list[int]:
+    return [min(BLOCK, num - i) for i in range(0, num, BLOCK)]
+
+
+def _labels(names: list[str]) -> dict[str, list]:
+    # Of subject/expression/file, what the folders say.
+    labels: dict[str, list] = {"name": names}
+    parts = [name.split("/") for name in names]
+    if all(len(p) == 3 for p in parts):
+        labels["subject"] = [p[0] for p in parts]
+        labels["expression"] = [p[1] for p in parts]
+        seen: Counter = Counter()
+        labels["frame"] = []
+        for subject, expression, _ in parts:
+            labels["frame"].append(seen[subject, expression])
+            seen[subject, expression] += 1
+    return labels
+
+
+def mesh_names(folder: Path) -> list[str]:
+    r"""The mesh files of a folder and the folders within. Sorted by folders, then names: what a
+    file system lists first must not decide a split.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    files = [f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+    if len(files) == 0:
+        raise ValueError(f"Expected mesh files ending in one of {SUFFIXES} in {folder} (got none)")
+    return ["/".join(parts) for parts in sorted(f.relative_to(folder).parts for f in files)]
+
+
+def read_finite(path: Path) -> tuple[ndarray, ndarray]:
+    r"""Reads a mesh file whose every coordinate is finite."""
+    vertices, faces = read_mesh(path)
+    if not np.isfinite(vertices).all():
+        raise ValueError(f"Expected finite vertices in {path} (got NaN or infinity)")
+    return vertices, faces
 
 
 def _check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
@@ -90,54 +280,6 @@ def _check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray
     return vertices, faces.astype(np.int64)
 
 
-def _read_mesh(path: Path) -> tuple[ndarray, ndarray]:
-    vertices, faces = read_mesh(path)
-    if not np.isfinite(vertices).all():
-        raise ValueError(f"Expected finite vertices in {path} (got NaN or infinity)")
-    return vertices, faces
-
-
-def _read_folder(
-    folder: Path, template: tuple[ndarray, ndarray] | None
-) -> tuple[Tensor, tuple[ndarray, ndarray], dict[str, list]]:
-    # Sorted by folders, then names: what a file system lists first must not decide a split.
-    files = sorted(
-        (f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()),
-        key=lambda f: f.relative_to(folder).parts,
-    )
-    if len(files) == 0:
-        raise ValueError(f"Expected mesh files ending in one of {SUFFIXES} in {folder} (got none)")
-    first = "the template"
-    if template is None:
-        first, template = files[0], _read_mesh(files[0])
-    shape, faces = template[0].shape, template[1]
-
-    vertices = torch.empty(len(files), *shape, dtype=torch.float32)
-    for i, file in enumerate(tqdm(files, desc=f"Reading {folder.name}", disable=len(files) < 100)):
-        v, f = _read_mesh(file)
-        if v.shape != shape:
-            raise ValueError(
-                f"Expected {shape[0]} vertices in {file} as {first} has (got {v.shape[0]})"
-            )
-        if not np.array_equal(f, faces):
-            raise ValueError(
-                f"Expected the faces of {first} in {file} (got {_difference(f, faces)})"
-            )
-        vertices[i] = torch.from_numpy(v)
-
-    parts = [file.relative_to(folder).parts for file in files]
-    labels = {"name": ["/".join(p) for p in parts]}
-    if all(len(p) == 3 for p in parts):
-        labels["subject"] = [p[0] for p in parts]
-        labels["expression"] = [p[1] for p in parts]
-        seen = Counter()
-        labels["frame"] = []
-        for p in parts:
-            labels["frame"].append(seen[p[:2]])
-            seen[p[:2]] += 1
-    return vertices, template, labels
-
-
 def _difference(faces: ndarray, expected: ndarray) -> str:
     if len(faces) != len(expected):
         return f"{len(faces)} instead of {len(expected)}"
@@ -151,9 +293,10 @@ def _read_array(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"Expected meshes at {path} (got no such file or folder)")
     try:
-        array = np.load(path, allow_pickle=False)
-        if isinstance(array, np.lib.npyio.NpzFile):
-            with array as file:
+        if path.suffix.lower() == ".npy":
+            names, array = [], mapped_array(path)
+        else:
+            with np.load(path, allow_pickle=False) as file:
                 key = file.files[0] if len(file.files) == 1 else "vertices"
                 names, array = file.files, file[key] if key in file.files else None
     except (BadZipFile, EOFError, OSError, ValueError) as e:
@@ -168,10 +311,9 @@ def _read_array(path: Path) -> Tensor:
         raise ValueError(f"Expected vertices of numbers in {path} (got {array.dtype})")
     with np.errstate(over="ignore"):  # to infinity, which is refused below
         vertices = torch.from_numpy(array.astype(np.float32, copy=False))
-    finite = torch.isfinite(vertices).flatten(1).all(dim=1)
-    if not finite.all():
-        raise ValueError(
-            f"Expected finite vertices in {path} "
-            f"(got NaN or infinity in mesh {int((~finite).nonzero()[0])})"
-        )
+    for i, mesh in enumerate(vertices):
+        if not torch.isfinite(mesh).all():
+            raise ValueError(
+                f"Expected finite vertices in {path} (got NaN or infinity in mesh {i})"
+            )
     return vertices

@@ -152,8 +152,10 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
 
 def edges(faces: ndarray) -> ndarray:
     r"""The edges :obj:`[E, 2]` of faces in both directions, sorted, without duplicates."""
-    edge = np.concatenate([faces[:, [0, 1]], faces[:, [1, 2]], faces[:, [2, 0]]])
-    return np.unique(np.concatenate([edge, edge[:, ::-1]]), axis=0)
+    source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
+    size = int(faces.max()) + 1  # one number sorts much faster than a row of two
+    edge = np.unique(np.concatenate([source * size + target, target * size + source]))
+    return np.stack(np.divmod(edge, size), axis=1)
 
 
 def _check_manifold(faces: ndarray, num_vertices: int):

@@ -206,15 +206,17 @@ class MeshAutoencoder(torch.nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         r"""Vertex features :obj:`[B, N, 3]` to latent codes :obj:`[B, latent_channels]`."""
-        if x.dim() != 3 or x.size(1) != self.num_vertices[0]:
+        expected = self.num_vertices[0], self.down_convs[0].in_channels
+        if x.dim() != 3 or x.shape[1:] != expected:
             raise ValueError(
-                f"Expected vertices of shape [B, {self.num_vertices[0]}, "
-                f"{self.down_convs[0].in_channels}] (got {list(x.shape)})"
+                f"Expected vertices of shape [B, {expected[0]}, {expected[1]}] "
+                f"(got {list(x.shape)})"
             )
         activation = ACTIVATIONS[self.activation]
+        x = x.transpose(0, 1)
         for conv, pool in zip(self.down_convs, self.pools, strict=True):
-            x = pool(activation(conv(x)))
-        return ACTIVATIONS[self.latent_activation](self.to_latent(x.flatten(1)))
+            x = pool.rows(activation(conv.rows(x)))
+        return ACTIVATIONS[self.latent_activation](self.to_latent(x.transpose(0, 1).flatten(1)))
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Latent codes :obj:`[B, latent_channels]` to vertex features :obj:`[B, N, 3]`."""
@@ -224,10 +226,10 @@ class MeshAutoencoder(torch.nn.Module):
             )
         activation = ACTIVATIONS[self.activation]
         x = ACTIVATIONS[self.expand_activation](self.from_latent(z))
-        x = x.unflatten(1, (self.num_vertices[-1], -1))
+        x = x.unflatten(1, (self.num_vertices[-1], -1)).transpose(0, 1)
         for conv, unpool in zip(self.up_convs, self.unpools, strict=True):
-            x = activation(conv(unpool(x)))
-        return self.out_conv(x)
+            x = activation(conv.rows(unpool.rows(x)))
+        return self.out_conv.rows(x).transpose(0, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Reconstructs vertex features :obj:`[B, N, 3]`."""

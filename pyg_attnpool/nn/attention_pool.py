@@ -7,8 +7,8 @@ from torch.nn import Parameter
 
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.nn.mapping_pool import MappingPool, MatrixProtocol
-from pyg_attnpool.ops.attention import attention, cosine_at, cosine_topk, dense_attention
-from pyg_attnpool.ops.gather import apply_mapping, fuse_slots, on_rows
+from pyg_attnpool.ops.attention import Search, attention, cosine_at, cosine_topk, dense_attention
+from pyg_attnpool.ops.gather import Pattern, at_least_single, fuse_slots, map_rows, on_rows
 
 
 class _AttentionMapping(MatrixProtocol, torch.nn.Module):
@@ -77,6 +77,7 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
         self.register_buffer("source_pos", source_pos, persistent=False)
         self.register_buffer("target_pos", target_pos, persistent=False)
 
+        self.search = None if k is None else Search(num_target, num_source, channels, k)
         self.reset_parameters()
 
     @classmethod
@@ -161,22 +162,31 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
             gap = (score[:, 0] - score[:, -1]).mean()
             self.log_beta.copy_((3 / gap).log() if gap > 0 else torch.zeros_like(gap))
 
-    def _attention(self) -> tuple[Tensor, Tensor]:
-        if self.k is None:
-            weight = dense_attention(self.query, self.key, self.log_beta)
-            return torch.arange(self.num_source, device=weight.device).expand_as(weight), weight
-        return attention(self.query, self.key, self.k, self.log_beta)
+    def _apply(self, fn: Any, recurse: bool = True):
+        super()._apply(fn, recurse)
+        dtype = at_least_single(self.key.dtype)
+        if self.search is not None and self.search.last_key.dtype != dtype:
+            self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)
+        return self
 
     def _slots(self) -> tuple[Tensor, Tensor]:
-        index, weight = self._attention()
-        if self.prior_index is None:
-            return index, weight
-        prior_weight = self.prior_weight.to(weight.dtype)
-        return fuse_slots(index, weight, self.prior_index, prior_weight, self.fusion_weight)
+        return self._fused(self.prior_index)[:2]
+
+    def _fused(self, prior_index: Tensor | None) -> tuple[Tensor, Tensor, Pattern | None]:
+        prior = share = None
+        if prior_index is not None:
+            prior, share = (prior_index, self.prior_weight), self.fusion_weight
+        if self.k is not None:
+            return attention(self.query, self.key, self.k, self.log_beta, prior, share, self.search)
+        weight = dense_attention(self.query, self.key, self.log_beta)
+        index = torch.arange(self.num_source, device=weight.device).expand_as(weight)
+        if prior is not None:
+            index, weight = fuse_slots(index, weight, prior[0], prior[1].to(weight.dtype), share)
+        return index, weight, None
 
     def attention(self) -> Mapping:
         r"""The learned mapping alone, equations (3) to (6)."""
-        return Mapping(*self._attention(), self.num_source)
+        return Mapping(*self._fused(None)[:2], self.num_source)
 
     def mapping(self) -> Mapping:
         r"""The mapping that :meth:`forward` applies: learned, and fused with the prior, equation
@@ -193,15 +203,17 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
+        return on_rows(x, self.num_source, self.rows)
+
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
+        network transposes its features only once."""
         if self.k is not None:
-            return apply_mapping(*self._slots(), x, self.num_source)
-
-        def op(rows: Tensor) -> Tensor:
-            y = self._dense().to(rows.dtype) @ rows.reshape(self.num_source, -1)
-            return y.view(self.num_target, *rows.shape[1:])
-
+            index, weight, transposed = self._fused(self.prior_index)
+            return map_rows(index, weight, x, self.num_source, transposed)
         with torch.autocast(x.device.type, enabled=False):  # the result is of the type of x
-            return on_rows(x, self.num_source, op)
+            y = self._dense().to(x.dtype) @ x.reshape(self.num_source, -1)
+        return y.view(self.num_target, *x.shape[1:])
 
     def freeze(self) -> MappingPool:
         r"""The layer without its parameters: the mapping as it is now, for inference."""
@@ -232,6 +244,10 @@ class AttentionPool(_AttentionMapping):
     (scores below :math:`10^{-25}` count as that), :math:`\mathbf{P}` is a precomputed prior and
     :math:`w_a` a learned scalar. Keys and queries are parameters shared by all samples; after
     training, :meth:`freeze` leaves a fixed sparse matrix.
+
+    From call to call the search for the closest keys remembers what it has found
+    (:class:`~pyg_attnpool.ops.attention.Search`), which changes no result. With
+    :obj:`layer.search = None` every call searches in full.
 
     Args:
         num_source (int): The number of source vertices :math:`N`.

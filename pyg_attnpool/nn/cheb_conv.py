@@ -5,7 +5,8 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.ops.gather import on_rows, spmm, transpose
+from pyg_attnpool.ops.convolution import cheb_conv
+from pyg_attnpool.ops.gather import on_rows
 
 
 class StaticChebConv(torch.nn.Module):
@@ -71,9 +72,6 @@ class StaticChebConv(torch.nn.Module):
         self.register_buffer("rowptr", rowptr, persistent=False)
         self.register_buffer("col", col, persistent=False)
         self.register_buffer("laplacian", value, persistent=False)
-        transposed = transpose(rowptr, col, num_nodes)
-        for name, tensor in zip(("rowptr_t", "col_t", "perm"), transposed, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
 
         self.reset_parameters()
 
@@ -87,38 +85,14 @@ class StaticChebConv(torch.nn.Module):
         r"""Convolves the features of all nodes."""
         if x.size(-1) != self.in_channels:
             raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")
-        narrow = self.out_channels < self.in_channels
-        return on_rows(x, self.num_nodes, self._clenshaw if narrow else self._recurrence)
+        return on_rows(x, self.num_nodes, self.rows)
 
-    def _propagate(self, z: Tensor) -> Tensor:
-        transposed = (self.rowptr_t, self.col_t, self.perm)
-        rows = z.reshape(self.num_nodes, -1)
-        out = spmm(self.rowptr, self.col, self.laplacian.to(z.dtype), rows, transposed)
-        return out.view(z.shape)
-
-    def _recurrence(self, x: Tensor) -> Tensor:
-        terms = [x]
-        if len(self.lins) > 1:
-            terms.append(self._propagate(x))
-        while len(terms) < len(self.lins):
-            terms.append(2 * self._propagate(terms[-1]) - terms[-2])
-        weight = torch.cat([lin.weight for lin in self.lins], dim=1)
-        return torch.nn.functional.linear(torch.cat(terms, dim=-1), weight, self.bias)
-
-    def _clenshaw(self, x: Tensor) -> Tensor:
-        # b_k = x theta_k + 2 L b_{k+1} - b_{k+2} from the last term down, halved at the first.
-        weight = torch.cat([lin.weight for lin in self.lins])
-        terms = list(torch.nn.functional.linear(x, weight).split(self.out_channels, dim=-1))
-        out = terms.pop()
-        if terms:
-            following = None
-            while len(terms) > 1:
-                b = terms.pop() + 2 * self._propagate(out)
-                b = b if following is None else b - following
-                out, following = b, out
-            out = terms.pop() + self._propagate(out)
-            out = out if following is None else out - following
-        return out if self.bias is None else out + self.bias.to(out.dtype)
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[N, B, F']`, so that a
+        network transposes its features only once."""
+        weight = torch.stack([lin.weight.t() for lin in self.lins])
+        laplacian = self.rowptr, self.col, self.laplacian
+        return cheb_conv(laplacian, x, weight, self.bias)
 
     def __repr__(self) -> str:
         return (
@@ -148,4 +122,4 @@ def _scaled_laplacian(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tenso
     row, col = edge_index
     scale = torch.zeros(num_nodes, device=row.device).index_add(0, row, count).pow(-0.5)
     rowptr = torch.cat([row.new_zeros(1), degree(row, num_nodes, torch.long).cumsum(0)])
-    return rowptr, col, -scale[row] * count * scale[col]
+    return rowptr, col, -(scale[row] * scale[col]) * count  # symmetric to the last digit

@@ -10,7 +10,7 @@ from torch_geometric.nn.inits import glorot
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.ops.gather import apply_mapping, ell_rowptr, on_rows, transpose
+from pyg_attnpool.ops.gather import ell_rowptr, map_rows, on_rows, transpose
 
 
 class FullPool(torch.nn.Module):
@@ -48,9 +48,12 @@ class FullPool(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
-        return on_rows(
-            x, self.num_source, lambda rows: torch.einsum("mn,nbf->mbf", self.weight, rows)
-        )
+        return on_rows(x, self.num_source, self.rows)
+
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
+        network transposes its features only once."""
+        return torch.einsum("mn,nbf->mbf", self.weight, x)
 
     def mapping(self) -> Mapping:
         r"""The matrix, with a slot for every source vertex."""
@@ -107,8 +110,13 @@ class WeightedPool(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
-        transposed = (self.rowptr_t, self.col_t, self.perm)
-        return apply_mapping(self.index, self._used(), x, self.num_source, transposed)
+        return on_rows(x, self.num_source, self.rows)
+
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
+        network transposes its features only once."""
+        transposed = self.rowptr_t, self.col_t, self.perm
+        return map_rows(self.index, self._used(), x, self.num_source, transposed)
 
     def mapping(self) -> Mapping:
         r"""The mapping that :meth:`forward` applies, differentiable."""
@@ -163,13 +171,13 @@ class DiffPool(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
+        return on_rows(x, self.num_source, self.rows)
 
-        def op(rows: Tensor) -> Tensor:
-            x = rows.transpose(0, 1)
-            assignment = self.conv(x).softmax(dim=-1)
-            return torch.einsum("bnm,bnf->mbf", assignment, x)
-
-        return on_rows(x, self.num_source, op)
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
+        network transposes its features only once."""
+        assignment = self.conv.rows(x).softmax(dim=-1)
+        return torch.einsum("nbm,nbf->mbf", assignment, x)
 
     def freeze(self) -> MappingPool:
         r"""Raises a :class:`ValueError`."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.ops.gather import apply_mapping, ell_rowptr, transpose
+from pyg_attnpool.ops.gather import ell_rowptr, map_rows, on_rows, transpose
 
 
 class MatrixProtocol:
@@ -141,8 +141,13 @@ class MappingPool(MatrixProtocol, torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Maps features from source to target vertices."""
-        transposed = (self.rowptr_t, self.col_t, self.perm)
-        return apply_mapping(self.index, self.weight, x, self.num_source, transposed)
+        return on_rows(x, self.num_source, self.rows)
+
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
+        network transposes its features only once."""
+        transposed = self.rowptr_t, self.col_t, self.perm
+        return map_rows(self.index, self.weight, x, self.num_source, transposed)
 
     def __repr__(self) -> str:
         return (

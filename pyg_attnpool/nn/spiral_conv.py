@@ -4,7 +4,10 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.dense.linear import Linear
 
-from pyg_attnpool.ops.gather import on_rows, spmm, transpose
+from pyg_attnpool.ops.convolution import spiral_conv, spiral_pattern
+from pyg_attnpool.ops.gather import on_rows
+
+PATTERN = ("spirals", "rowptr", "col", "slot", "rowptr_t", "col_t", "slot_t")
 
 
 class SpiralConv(torch.nn.Module):
@@ -16,9 +19,6 @@ class SpiralConv(torch.nn.Module):
 
     where :math:`S(i, l)` is the :math:`l`-th vertex on the spiral of vertex :math:`i`; where the
     spiral has none, zeros stand in its place.
-
-    Features are gathered and then multiplied, or multiplied and then gathered, whichever moves
-    less.
 
     Args:
         in_channels (int): Size of each input sample.
@@ -58,54 +58,25 @@ class SpiralConv(torch.nn.Module):
         self.length = length
         self.lin = Linear(length * in_channels, out_channels, bias=bias)
         # Not persistent: weights are weights of any mesh of this size, as those of a graph are.
-        self.register_buffer("spirals", spirals.long(), persistent=False)
-        for name, tensor in self._pattern().items():
+        for name, tensor in zip(PATTERN, spiral_pattern(spirals.long()), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
     def reset_parameters(self):
         r"""Resets all learnable parameters of the module."""
         self.lin.reset_parameters()
 
-    def _pattern(self) -> dict[str, Tensor]:
-        # The steps of all spirals that meet a vertex, as the matrix that sums the rows (vertex,
-        # step) over the steps, or that copies rows (vertex) to rows (vertex, step).
-        spirals = self.spirals
-        step = torch.arange(self.length, device=spirals.device)
-        used = spirals >= 0
-        vertex = spirals[used]
-        if self.out_channels < self.in_channels:
-            counts = used.sum(dim=1)
-            col = (spirals * self.length + step)[used]
-            num_cols = self.num_nodes * self.length
-        else:
-            counts = used.flatten().long()
-            col, num_cols = vertex, self.num_nodes
-        rowptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        pattern = (rowptr, col, *transpose(rowptr, col, num_cols))
-        return dict(zip(("rowptr", "col", "rowptr_t", "col_t", "perm"), pattern, strict=True))
-
     def forward(self, x: Tensor) -> Tensor:
         r"""Convolves the features of all vertices."""
         if x.size(-1) != self.in_channels:
             raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")
-        narrow = self.out_channels < self.in_channels
-        return on_rows(x, self.num_nodes, self._multiply_first if narrow else self._gather_first)
+        return on_rows(x, self.num_nodes, self.rows)
 
-    def _spmm(self, rows: Tensor) -> Tensor:
-        ones = rows.new_ones(self.col.numel())
-        return spmm(self.rowptr, self.col, ones, rows, (self.rowptr_t, self.col_t, self.perm))
-
-    def _gather_first(self, x: Tensor) -> Tensor:
-        rows = self._spmm(x.reshape(self.num_nodes, -1))
-        steps = rows.view(self.num_nodes, self.length, x.size(1), self.in_channels)
-        return self.lin(steps.transpose(1, 2).flatten(2))
-
-    def _multiply_first(self, x: Tensor) -> Tensor:
+    def rows(self, x: Tensor) -> Tensor:
+        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[N, B, F']`, so that a
+        network transposes its features only once."""
         weight = self.lin.weight.view(self.out_channels, self.length, self.in_channels)
-        steps = torch.einsum("nbf,olf->nlbo", x, weight)
-        rows = self._spmm(steps.reshape(self.num_nodes * self.length, -1))
-        out = rows.view(self.num_nodes, x.size(1), self.out_channels)
-        return out if self.lin.bias is None else out + self.lin.bias.to(out.dtype)
+        pattern = tuple(getattr(self, name) for name in PATTERN)
+        return spiral_conv(pattern, x, weight.permute(1, 2, 0), self.lin.bias)
 
     def __repr__(self) -> str:
         return (

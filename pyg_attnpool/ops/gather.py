@@ -8,18 +8,42 @@ The two products are each other's derivative, so together they are closed under 
     \textrm{sddmm}(a, b)_e = \langle a_{\textrm{row}(e)}, b_{\textrm{col}(e)} \rangle
 
 Neither holds a dense matrix nor one feature row per entry. Both are custom operators, so that
-:func:`torch.compile` goes through them without a graph break.
+:func:`torch.compile` goes through them without a graph break. On a CPU they are compiled
+(:mod:`pyg_attnpool.ops._cpu`), on a GPU Triton kernels (:mod:`pyg_attnpool.ops._triton`); where
+there is neither, operations of PyTorch take their place.
 """
 
+import importlib.util
 import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyg_attnpool.ops import _cpu
+from pyg_attnpool.ops.operator import operator
+
+TRITON = importlib.util.find_spec("triton") is not None
+
 Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col and the entry of the original each came from
 
 
+def on_cpu(tensor: Tensor) -> bool:
+    r"""Whether the compiled operations take the tensor."""
+    return _cpu.AVAILABLE and tensor.device.type == "cpu"
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    r"""Whether the Triton kernels take the tensor."""
+    return TRITON and tensor.device.type == "cuda"
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    r"""The type in which values of half precision are multiplied and summed."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+@operator("transpose")
 def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
     r"""The CSR pattern of the transposed matrix.
 
@@ -32,56 +56,78 @@ def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
         :obj:`rowptr` :obj:`[N + 1]` and :obj:`col` :obj:`[E]` of the transposed matrix, and the
         permutation :obj:`[E]` that takes values to their transposed order.
     """
+    if on_cpu(col):
+        return _cpu.transpose(rowptr.contiguous(), col.contiguous(), num_cols)
     sorted_col, perm = col.sort(stable=True)
     row = torch.repeat_interleave(rowptr.diff(), output_size=col.numel())
     ends = torch.arange(num_cols + 1, device=col.device)
     return torch.searchsorted(sorted_col, ends), row[perm], perm
 
 
-@torch.library.custom_op("pyg_attnpool::spmm", mutates_args=())
+@transpose.register_fake
+def _(rowptr, col, num_cols):
+    return rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
+
+
+@operator("spmm")
 def _spmm(
     rowptr: Tensor,
     col: Tensor,
+    perm: Tensor | None,
     value: Tensor,
     x: Tensor,
-    rowptr_t: Tensor | None,
-    col_t: Tensor | None,
-    perm: Tensor | None,
+    rowptr_t: Tensor | None = None,
+    col_t: Tensor | None = None,
+    perm_t: Tensor | None = None,
 ) -> Tensor:
+    # The values stand in the order that `perm` takes them from.
     if value.numel() == 0 or x.numel() == 0:
         return x.new_zeros(rowptr.numel() - 1, x.size(1))
+    rowptr, col = rowptr.contiguous(), col.contiguous()
+    if on_cpu(x):
+        dtype = at_least_single(x.dtype)
+        value, rows = value.to(dtype).contiguous(), x.to(dtype).contiguous()
+        return _cpu.spmm(rowptr, col, value, rows, perm).to(x.dtype)
+    value = value.contiguous() if perm is None else value[perm]
+    if on_gpu(x):
+        from pyg_attnpool.ops import _triton
+
+        return _triton.spmm(rowptr, col, value, x.contiguous())
     return F.embedding_bag(
         col,
         x.contiguous(),
         rowptr,
         mode="sum",
-        per_sample_weights=value.contiguous(),
+        per_sample_weights=value,
         include_last_offset=True,
     )
 
 
 @_spmm.register_fake
-def _(rowptr, col, value, x, rowptr_t, col_t, perm):
+def _(rowptr, col, perm, value, x, rowptr_t=None, col_t=None, perm_t=None):
     return x.new_empty(rowptr.size(0) - 1, x.size(1))
 
 
 def _spmm_setup(ctx, inputs, output):
-    rowptr, col, value, x, *transposed = inputs
-    keep_x = x if ctx.needs_input_grad[2] else None
+    rowptr, col, perm, value, x, *transposed = inputs
+    keep_x = x if ctx.needs_input_grad[3] else None
     ctx.num_cols = x.size(0)
-    ctx.save_for_backward(rowptr, col, value, keep_x, *transposed)
+    ctx.save_for_backward(rowptr, col, perm, value, keep_x, *transposed)
 
 
 def _spmm_backward(ctx, grad):
-    rowptr, col, value, x, rowptr_t, col_t, perm = ctx.saved_tensors
+    rowptr, col, perm, value, x, rowptr_t, col_t, perm_t = ctx.saved_tensors
     grad_value = grad_x = None
-    if ctx.needs_input_grad[2]:
-        grad_value = sddmm(rowptr, col, grad, x)
     if ctx.needs_input_grad[3]:
+        grad_value = sddmm(rowptr, col, grad, x)
+        if perm is not None:
+            grad_value = torch.empty_like(grad_value).index_put((perm,), grad_value)
+    if ctx.needs_input_grad[4]:
         if rowptr_t is None:
-            rowptr_t, col_t, perm = transpose(rowptr, col, ctx.num_cols)
-        grad_x = spmm(rowptr_t, col_t, value[perm], grad)
-    return None, None, grad_value, grad_x, None, None, None
+            rowptr_t, col_t, perm_t = transpose(rowptr, col, ctx.num_cols)
+            perm_t = perm_t if perm is None else perm[perm_t]
+        grad_x = _spmm(rowptr_t, col_t, perm_t, value, grad, None, None, None)
+    return None, None, None, grad_value, grad_x, None, None, None
 
 
 _spmm.register_autograd(_spmm_backward, setup_context=_spmm_setup)
@@ -105,18 +151,33 @@ def spmm(
     Returns:
         The rows :obj:`[M, C]`.
     """
-    return _spmm(rowptr, col, value, x, *(transposed or (None, None, None)))
+    return _spmm(rowptr, col, None, value, x, *(transposed or (None, None, None)))
 
 
-@torch.library.custom_op("pyg_attnpool::sddmm", mutates_args=())
-def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
+@operator("sddmm")
+def _sddmm(
+    rowptr: Tensor,
+    col: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rowptr_t: Tensor | None = None,
+    col_t: Tensor | None = None,
+    perm: Tensor | None = None,
+) -> Tensor:
     if col.numel() == 0 or a.size(1) == 0:
         return a.new_zeros(col.numel())
+    rowptr, col = rowptr.contiguous(), col.contiguous()
+    if on_gpu(a):
+        from pyg_attnpool.ops import _triton
+
+        return _triton.sddmm(rowptr, col, a.contiguous(), b.contiguous())
+    dtype = at_least_single(a.dtype)
+    left, right = a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    if on_cpu(a):
+        return _cpu.sddmm(rowptr, col, left, right).to(a.dtype)
     # The sampled product knows no half precision, and has room for no more entries than a dense
     # matrix of its shape: where repeated entries need more, zero rows make it larger.
-    dtype = a.dtype if a.dtype in (torch.float32, torch.float64) else torch.float32
     missing = -(-col.numel() // a.size(0)) - b.size(0)
-    left, right = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     right = F.pad(right, (0, 0, 0, missing)) if missing > 0 else right
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse", category=UserWarning)
@@ -129,7 +190,7 @@ def _sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 @_sddmm.register_fake
-def _(rowptr, col, a, b):
+def _(rowptr, col, a, b, rowptr_t=None, col_t=None, perm=None):
     return a.new_empty(col.size(0))
 
 
@@ -138,20 +199,23 @@ def _sddmm_setup(ctx, inputs, output):
 
 
 def _sddmm_backward(ctx, grad):
-    rowptr, col, a, b = ctx.saved_tensors
+    rowptr, col, a, b, rowptr_t, col_t, perm = ctx.saved_tensors
     grad_a = grad_b = None
     if ctx.needs_input_grad[2]:
         grad_a = spmm(rowptr, col, grad, b)
     if ctx.needs_input_grad[3]:
-        rowptr_t, col_t, perm = transpose(rowptr, col, b.size(0))
-        grad_b = spmm(rowptr_t, col_t, grad[perm], a)
-    return None, None, grad_a, grad_b
+        if rowptr_t is None:
+            rowptr_t, col_t, perm = transpose(rowptr, col, b.size(0))
+        grad_b = _spmm(rowptr_t, col_t, perm, grad, a, None, None, None)
+    return None, None, grad_a, grad_b, None, None, None
 
 
 _sddmm.register_autograd(_sddmm_backward, setup_context=_sddmm_setup)
 
 
-def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
+def sddmm(
+    rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, transposed: Pattern | None = None
+) -> Tensor:
     r"""Row-wise dot products at the entries of a sparse :obj:`[M, N]` pattern in CSR form.
 
     Differentiable in :obj:`a` and :obj:`b`.
@@ -161,15 +225,16 @@ def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
         col (torch.Tensor): Column of every entry :obj:`[E]`.
         a (torch.Tensor): Left rows :obj:`[M, C]`.
         b (torch.Tensor): Right rows :obj:`[N, C]`.
+        transposed (tuple, optional): As in :meth:`spmm`. (default: :obj:`None`)
 
     Returns:
         One value per entry :obj:`[E]`.
     """
-    return _sddmm(rowptr, col, a, b)
+    return _sddmm(rowptr, col, a, b, *(transposed or (None, None, None)))
 
 
 def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
-    r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B * F]`.
+    r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B, F]`.
 
     The batch lies beside the channels there, so that one sparse product serves all samples. The
     result is a view in the caller's layout, and the next call takes that view without a copy.
@@ -220,14 +285,21 @@ def apply_mapping(
         num_source (int): The number of source vertices :math:`N`.
         transposed (tuple, optional): As in :meth:`spmm`. (default: :obj:`None`)
     """
-    rowptr, col = ell_rowptr(index), index.flatten()
-    value = weight.flatten().to(x.dtype)
+    return on_rows(
+        x, num_source, lambda rows: map_rows(index, weight, rows, num_source, transposed)
+    )
 
-    def op(rows: Tensor) -> Tensor:
-        y = spmm(rowptr, col, value, rows.reshape(num_source, -1), transposed)
-        return y.view(index.size(0), *rows.shape[1:])
 
-    return on_rows(x, num_source, op)
+def map_rows(
+    index: Tensor, weight: Tensor, rows: Tensor, num_source: int, transposed: Pattern | None = None
+) -> Tensor:
+    r"""As :meth:`apply_mapping`, for rows :obj:`[N, B, F]`."""
+    if rows.dim() != 3 or rows.size(0) != num_source:
+        raise ValueError(f"Expected rows of shape [{num_source}, B, F] (got {list(rows.shape)})")
+    value = weight.flatten().to(rows.dtype)
+    flat = rows.reshape(rows.size(0), -1)
+    y = spmm(ell_rowptr(index), index.flatten(), value, flat, transposed)
+    return y.view(index.size(0), *rows.shape[1:])
 
 
 def fuse_slots(

@@ -1,4 +1,3 @@
-import functools
 import os
 import subprocess
 import sys
@@ -8,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool.datasets import AnnyFaces, anny_faces
+from pyg_attnpool.datasets import AnnyFaces, anny_faces, anny_meshes
 from pyg_attnpool.mesh.io import check_mesh
 
 pytest.importorskip("anny")
-LOAD_ANNY = anny_faces._load_anny
+LOAD_ANNY = anny_meshes.load_anny
 FRAMES = 3  # a sixth of the way, the peak, a sixth before the end
 EXPRESSIONS = [
     "bareteeth",
@@ -28,15 +27,6 @@ EXPRESSIONS = [
     "mouth_side",
     "mouth_up",
 ]
-
-
-@pytest.fixture(scope="module")
-def loaded_once(tmp_path_factory):
-    # Reading Anny's files takes ten seconds; the data sets made here read them once.
-    load_once = functools.cache(lambda: LOAD_ANNY(tmp_path_factory.mktemp("anny")))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(anny_faces, "_load_anny", lambda folder: load_once())
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +113,8 @@ def test_expressions_move_what_they_are_named_after(faces, moved):
 
 
 def test_every_action_is_known_to_anny(loaded_once, tmp_path):
-    known = {"jawPitch", *anny_faces._load_anny(tmp_path).facial_action_labels}
+    head = anny_meshes.load_anny(tmp_path, "", **anny_faces.RIG)
+    known = {"jawPitch", *head.facial_action_labels}
     for side in ("Left", "Right"):
         for peak in anny_faces.EXPRESSIONS.values():
             assert set(anny_faces._spell_out(peak, side)) <= known
@@ -162,19 +153,20 @@ def stub(monkeypatch):
     # Counts what is made, and makes it quickly.
     made = []
 
-    def make(frames, seed, folder):
-        made.append((frames, seed))
-        vertices = np.random.default_rng(seed).random((144 * frames, 4, 3), dtype=np.float32)
-        return {
-            "generator": np.array(anny_faces.GENERATOR),
-            "frames": np.array(frames),
-            "seed": np.array(seed),
-            "vertices": vertices,
-            "template": vertices[0].astype(np.float64),
-            "faces": np.array([[0, 1, 2], [0, 2, 3]]),
-        }
+    class Stub:
+        labels = {}  # noqa: RUF012
 
-    monkeypatch.setattr(anny_faces, "_make", make)
+        def __init__(self, folder, frames, seed):
+            made.append((frames, seed))
+            self.sizes = [frames] * 144
+            self.meshes = np.random.default_rng(seed).random((144, frames, 4, 3), dtype=np.float32)
+            faces = np.array([[0, 1, 2], [0, 2, 3]])
+            self.template = self.meshes[0, 0].astype(np.float64), faces
+
+        def blocks(self, start):
+            yield from self.meshes[start:]
+
+    monkeypatch.setattr(anny_faces, "_Faces", Stub)
     return made
 
 
@@ -284,7 +276,7 @@ def test_nothing_is_left_of_a_build_that_fails(monkeypatch, tmp_path):
 
     cache = anny.paths.get_anny_cache_path()
     monkeypatch.setattr(anny, "Anny", fail)
-    monkeypatch.setattr(anny_faces, "_load_anny", LOAD_ANNY)
+    monkeypatch.setattr(anny_meshes, "load_anny", LOAD_ANNY)
     with pytest.raises(KeyboardInterrupt):
         AnnyFaces(tmp_path)
     assert list((tmp_path / "processed").iterdir()) == []
@@ -312,7 +304,7 @@ def test_files_are_read_as_anny_reads_them(name):
     turn = roma.Linear(0.1 * roma.euler_to_rotmat("X", [90], degrees=True, dtype=torch.float64))
     arguments = file, 19158, turn[None], torch.float64
     expected = anny.models.full_model.load_blend_shape(*arguments)
-    assert torch.equal(anny_faces._load_blend_shape(*arguments), expected)
+    assert torch.equal(anny_meshes.load_blend_shape(*arguments), expected)
 
 
 @pytest.mark.slow

@@ -69,6 +69,54 @@ def test_held_out_few_meshes():
     assert [part.tolist() for part in split] == [[7, 8, 9, 10, 11], [6], [0, 1, 2, 3, 4, 5]]
 
 
+def test_whole_sequences_are_the_test_part():
+    expressions = ["angry", "bored", "calm"]
+    dataset = sequences(7, expressions, 5)  # 21 sequences
+    split = dataset.split("sequence")
+    place = [i // 5 for i in range(105)]
+    assert sorted({place[i] for i in split.test}) == [0, 10, 20]
+    assert sorted({place[i] for i in split.val}) == [1, 11]
+    assert len(split.test) == 15 and len(split.val) == 10
+    assert sorted(torch.cat(split).tolist()) == list(range(105))
+    # Which ones does not depend on the order of the meshes.
+    mixed = dataset[torch.randperm(105)]
+    held_out = {(mixed.subject[i], mixed.expression[i]) for i in mixed.split("sequence").test}
+    assert held_out == {("s0", "angry"), ("s3", "bored"), ("s6", "calm")}
+
+
+@pytest.mark.parametrize("num", [100, 1000, 1234])
+def test_a_tenth_of_independent_meshes_is_the_test_part(num):
+    split = make(num).split("independent")
+    assert split.test.tolist() == [i for i in range(num) if i % 100 < 10]
+    rest = [i for i in range(num) if i % 100 >= 10]
+    # 90 meshes are less than a block, of which a tenth is 9.
+    assert split.val.tolist() == [
+        i for n, i in enumerate(rest) if n % 100 < (9 if num == 100 else 10)
+    ]
+    assert sorted(torch.cat(split).tolist()) == list(range(num))
+
+
+def test_listed_meshes_are_the_test_part():
+    dataset = make(20, name=[f"m{i}" for i in range(20)])
+    split = dataset.split("listed", names=["m7", "m3"])
+    assert split.test.tolist() == [3, 7]
+    assert split.val.tolist() == [0, 1]
+    with pytest.raises(ValueError, match=r"such as 'm0' .got 'm20' and 1 other"):
+        dataset.split("listed", names=["m3", "m20", "m21"])
+    with pytest.raises(ValueError, match=r"known 'name', and 'names'"):
+        make(20).split("listed", names=["m3"])
+    with pytest.raises(ValueError, match=r"no 'names' for kind='independent' .got 1"):
+        dataset.split("independent", names=["m3"])
+
+
+def test_read_takes_meshes_of_a_subset():
+    subset = sequences(3, ["calm", "angry"], 2)[torch.tensor([9, 0, 4])]
+    read = subset.read(torch.tensor([2, 0]))
+    assert read[:, 0, 0].tolist() == [4, 9]
+    read[:] = 0
+    assert subset.vertices[:, 0, 0].tolist() == [9, 0, 4]
+
+
 def test_split_names_what_is_known():
     dataset = sequences(2, ["calm", "angry"], 5)
     with pytest.raises(ValueError, match=r"one of \['angry', 'calm'\] \(got 'happy'\)"):
@@ -131,15 +179,18 @@ def test_import_needs_no_extra(tmp_path):
     code = """
 import sys
 for name in ("openmesh", "anny", "roma", "trimesh", "warp", "matplotlib", "pytorch_lightning",
-             "torchmetrics", "torch_sparse", "torch_scatter"):
+             "torchmetrics", "torch_sparse", "torch_scatter", "h5py"):
     sys.modules[name] = None
-from pyg_attnpool.datasets import AnnyFaces
-try:
-    AnnyFaces(sys.argv[1])
-except ImportError as e:
-    print(e)
+from pyg_attnpool.datasets import AnnyBodies, AnnyFaces, AnnyHands
+for dataset in (AnnyBodies, AnnyFaces, AnnyHands):
+    try:
+        dataset(sys.argv[1])
+    except ImportError as e:
+        print(e)
 """
     run = subprocess.run(
         [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
     )
-    assert 'pip install "pyg_attnpool[data]"' in run.stdout
+    for line, name in zip(run.stdout.splitlines(), ("Bodies", "Faces", "Hands"), strict=True):
+        assert line.startswith(f"Making 'Anny{name}' requires 'anny'")
+        assert 'pip install "pyg_attnpool[data]"' in line

@@ -378,3 +378,20 @@ def test_features_of_another_size_are_refused(size):
     with pytest.raises(ValueError, match=rf"\[{N}, F\]") as error:
         make()(torch.zeros(size, dtype=torch.float64))
     assert f"(got {list(size)})" in str(error.value)
+
+
+def test_remembering_the_search_changes_nothing():
+    r"""The switch: a layer that searches in full takes the same steps, to the bit."""
+    layers = [make(k=3, normalization="softmax") for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    layers[1].search = None
+    x = torch.randn(3, layers[0].num_source, 4, dtype=torch.float64)
+    for _ in range(5):
+        for layer in layers:
+            optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+            optimizer.zero_grad()
+            layer(x).square().sum().backward()
+            optimizer.step()
+    assert layers[0].search.share < 1
+    for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
+        assert torch.equal(a, b)

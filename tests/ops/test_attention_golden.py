@@ -8,7 +8,7 @@ from pyg_attnpool.ops.attention import attention
 
 
 def product(key, query, prior, w_a, k, x):
-    mapping = Mapping(*attention(query, key, k), key.size(0))
+    mapping = Mapping(*attention(query, key, k)[:2], key.size(0))
     mapping = mapping.fuse(Mapping.from_matrix(prior), w_a)
     return mapping.to_dense(), mapping @ x
 

@@ -149,10 +149,35 @@ def test_custom_operators_pass_opcheck(pattern, dtype, device):
     a = leaf(rowptr.numel() - 1, 3, device=device, dtype=dtype)
     ops = torch.ops.pyg_attnpool
     tolerance = TOLERANCE[dtype]
-    torch.library.opcheck(ops.spmm, (rowptr, col, value, x, None, None, None), **tolerance)
+    torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x), **tolerance)
     transposed = transpose(rowptr, col, num_cols)
-    torch.library.opcheck(ops.spmm, (rowptr, col, value, x, *transposed), **tolerance)
+    torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x, *transposed), **tolerance)
     torch.library.opcheck(ops.sddmm, (rowptr, col, a, x), **tolerance)
+
+
+def test_transpose_passes_opcheck(pattern, device):
+    torch.library.opcheck(torch.ops.pyg_attnpool.transpose, pattern)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_threads_repeat_to_the_bit_and_equal_one(dtype, num_threads):
+    # Enough for the work to be shared, unlike in the tests above.
+    col = torch.randint(150, (900,))
+    rowptr = torch.arange(0, 901, 3)
+    value, x = leaf(900, device="cpu", dtype=dtype), leaf(150, 90, device="cpu", dtype=dtype)
+    exact = value.detach().double().requires_grad_(), x.detach().double().requires_grad_()
+    expected = to_dense(rowptr, col, exact[0], 150) @ exact[1]
+    wanted = [expected, *grads(expected, exact)]
+    results = []
+    for threads in (2, 2, 1):
+        num_threads(threads)
+        out = spmm(rowptr, col, value, x)
+        results.append([out, *grads(out, (value, x))])
+    for first, again, single, exactly in zip(*results, wanted, strict=True):
+        # Every row is formed by one thread, in one order.
+        assert torch.equal(first, again) and torch.equal(first, single)
+        scale = exactly.abs().max()
+        assert_close(first.double() / scale, exactly / scale, **TOLERANCE[dtype])
 
 
 def test_transpose_is_that_of_the_dense_matrix(pattern, device):

@@ -1,0 +1,112 @@
+r"""Peak memory of an epoch over more meshes than one would hold: they are made and written block by
+block, mapped, and read in shuffled blocks. What counts is anonymous memory; pages of the mapped
+file are counted to the process too, but the system takes them back when it needs them.
+
+Beside the defaults, 40,000 meshes as those of bodies: `--meshes 40000 --vertices 6890`."""
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from numpy import ndarray
+from templates import blob
+
+from pyg_attnpool.datasets import MeshDataset
+from pyg_attnpool.datasets.stored import stored
+from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.models import coma
+from pyg_attnpool.training import evaluate, fit
+
+BLOCK = 100
+
+
+class Smooth:
+    # Random shapes of 16 smooth modes, as source of a stored data set.
+    def __init__(self, num_meshes: int, num_vertices: int):
+        self.template = blob(num_vertices)
+        self.sizes = [min(BLOCK, num_meshes - i) for i in range(0, num_meshes, BLOCK)]
+        self.labels = {}
+        rng = np.random.default_rng(0)
+        vertices = self.template[0] / np.abs(self.template[0]).max()
+        waves = np.sin(vertices @ rng.normal(0, 2, (3, 16)) + rng.uniform(0, 6, 16))
+        self.modes = 0.005 * np.einsum("nk,kd->knd", waves, rng.standard_normal((16, 3)))
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        for i, size in enumerate(self.sizes[start:], start):
+            weights = np.random.default_rng([0, i]).standard_normal((size, 16))
+            yield self.template[0] + np.einsum("mk,knd->mnd", weights, self.modes)
+
+
+class Memory:
+    # The highest of anonymous and of all memory of this process since the last look, in MiB.
+    def __init__(self):
+        self.highest = {"RssAnon": 0.0, "VmRSS": 0.0}
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self):
+        while True:
+            status = Path("/proc/self/status").read_text()
+            values = dict(line.split(":", 1) for line in status.splitlines())
+            for key in self.highest:
+                self.highest[key] = max(self.highest[key], int(values[key].split()[0]) / 1024)
+            time.sleep(0.02)
+
+    def look(self, what: str, seconds: float):
+        time.sleep(0.05)
+        anonymous, everything = self.highest.values()
+        print(
+            f"{what:24}{seconds:8.1f} s   anonymous {anonymous:7,.0f} MiB   with mapped pages "
+            f"{everything:7,.0f} MiB",
+            flush=True,
+        )
+        self.highest = dict.fromkeys(self.highest, 0.0)
+
+
+def main(meshes: int = 100_000, vertices: int = 1609, batch_size: int = 16):
+    memory = Memory()
+    with tempfile.TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        torch.manual_seed(0)
+        source = Smooth(meshes, vertices)
+        hierarchy = MeshHierarchy.from_template(source.template)
+        model = coma(hierarchy, "attention", latent_activation=None)
+        memory.look("Imports and model", time.perf_counter() - begin)
+
+        begin = time.perf_counter()
+        path = Path(folder) / "smooth.npz"
+        arrays = stored(path, {"meshes": meshes}, lambda: source, "Writing")
+        dataset = MeshDataset(
+            torch.from_numpy(arrays["vertices"]), (arrays["template"], arrays["faces"])
+        )
+        memory.look("Writing and verifying", time.perf_counter() - begin)
+        size = path.with_suffix(".npy").stat().st_size / 2**20
+        print(f"{meshes:,} meshes of {vertices:,} vertices: {size:,.0f} MiB")
+
+        begin = time.perf_counter()
+        split = dataset.split("independent")
+        train, val, test = (dataset[part] for part in split)
+        model = fit(
+            model,
+            hierarchy,
+            train,
+            val,
+            output=Path(folder) / "run",
+            epochs=1,
+            batch_size=batch_size,
+            device="cpu",
+        )
+        memory.look("Statistics and an epoch", time.perf_counter() - begin)
+
+        begin = time.perf_counter()
+        error = evaluate(model, test)["mean"]
+        memory.look("Test", time.perf_counter() - begin)
+        print(f"Test error {error:.3f} mm")
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy import ndarray
+from scipy.spatial.transform import Rotation
+
+from pyg_attnpool.datasets.anny_meshes import CHUNK, AnnyMeshes, AnnyModel
+
+# Part of every stored file: raised with every change of the meshes made here.
+GENERATOR = 1
+
+BLOCK = 100  # meshes drawn together
+
+PHENOTYPES = {
+    "gender": (0.0, 1.0),
+    "age": (0.6, 0.95),
+    "muscle": (0.2, 0.8),
+    "weight": (0.2, 0.8),
+    "height": (0.3, 0.7),
+    "proportions": (0.3, 0.9),
+}
+CHANGES = r"hand-(fingers|scale)|lowerarm-(fat|muscle|scale-(depth|horiz))|measure-wrist"
+
+# Degrees from a relaxed open hand, in which joints of fingers are bent by 10 to 20 already.
+LIMITS = {
+    "knuckle": (-20, 70),
+    "spread": (-6, 14),
+    "middle": (-12, 90),
+    "end": (-10, 60),
+    "thumb_root": (-12, 22),
+    "thumb_out": (-25, 12),
+    "thumb_twist": (0, 20),
+    "thumb_middle": (-15, 40),
+    "thumb_end": (-15, 60),
+    "wrist": (-25, 25),
+    "wrist_side": (-12, 15),
+}
+
+# Axes of a hand with its fingers along y, its palm to z and its thumb along x. Fingers, from the
+# index on, bend about their own width and spread away from the middle one.
+BEND = ((0.99, -0.12, 0.0), (0.98, 0.18, 0.0), (0.94, 0.33, 0.0), (0.88, 0.48, 0.0))
+SPREAD = ((0.0, 0.0, -1.0), (0.0, 0.0, -0.2), (0.0, 0.0, 0.6), (0.0, 0.0, 1.0))
+THUMB_BEND = (0.0, -0.52, 0.86)  # towards the fingers
+THUMB_OUT = (0.67, -0.74, 0.0)  # towards the palm
+THUMB_AXIS = (0.42, 0.78, 0.47)
+WRIST_BEND = (1.0, 0.0, 0.0)
+WRIST_SIDE = (0.0, 0.0, -1.0)  # towards the thumb
+
+
+class AnnyHands(AnnyMeshes):
+    r"""Right hands of random shape and pose, laid out as the SYNHAND data set is: every mesh is
+    drawn for itself. They are made on this computer, from the
+    `Anny <https://arxiv.org/abs/2511.03589>`_ model of the package :obj:`anny` (Apache-2.0, on CC0
+    data of MakeHuman), and stored for the next time. No network is needed.
+
+    A mesh has 1,609 vertices and 3,196 faces: the hand of Anny's skin with its nails, open where
+    the forearm begins. Its fingers point along :math:`+y`, its palm to :math:`+z` and its thumb to
+    :math:`+x`, in metres, with the wrist at the origin. Joints turn within the limits of human
+    ones: fingers bend more or less together and the last joint follows the one before it. Shapes
+    are of adults, by phenotype and local changes. A mesh depends on its place and on :obj:`seed`
+    alone, so that fewer meshes are the first of more. :meth:`split` keeps the first 10 of every 100
+    for test unless told otherwise.
+
+    Args:
+        root (str or Path): The folder to store the data set in, as
+            :obj:`processed/anny_hands_meshes{meshes}_seed{seed}.npz` and, for the vertices, which
+            are mapped rather than read, :obj:`.npy`. Files that are damaged or of another version
+            of this generator are made again.
+        meshes (int, optional): The number of meshes; :obj:`3000` take 58 MB, :obj:`100000`,
+            the size of SYNHAND, 1.9 GB. (default: :obj:`3000`)
+        seed (int, optional): Seed of shapes and poses. (default: :obj:`0`)
+        transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+
+    Raises:
+        ImportError: If the data set is to be made and :obj:`anny` is not installed.
+        ValueError: If :obj:`meshes` is not positive or :obj:`seed` negative.
+    """
+
+    default_split = "independent"
+
+    def __init__(
+        self,
+        root: str | Path,
+        meshes: int = 3000,
+        seed: int = 0,
+        transform: Callable | None = None,
+    ):
+        if meshes < 1 or seed < 0:
+            raise ValueError(
+                f"Expected positive 'meshes' and a 'seed' of at least 0 (got {meshes} and {seed})"
+            )
+        super().__init__(
+            root,
+            f"anny_hands_meshes{meshes}_seed{seed}",
+            {"generator": GENERATOR, "meshes": meshes, "seed": seed},
+            lambda folder: _Hands(folder, meshes, seed),
+            {},
+            transform,
+        )
+
+
+class _Hands:
+    def __init__(self, folder: Path, meshes: int, seed: int):
+        self.model = AnnyModel(folder, "AnnyHands", rig="anny-hand.R", topology="hand.R")
+        self.sizes = [min(BLOCK, meshes - i) for i in range(0, meshes, BLOCK)]
+        self.labels = {}
+        self.seed = seed
+        # Anny turns the bones of a part of the body about the axes of the whole one.
+        self.axes = self.model.model.reference_bone_orientations[0].numpy()
+        self.template = self._turned(self.model(self.model.average_adult()))[0], self.model.faces
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        for i in range(start, len(self.sizes)):
+            rng = np.random.default_rng([self.seed, i])
+            shapes = [self.model.draw_shape(rng, PHENOTYPES, CHANGES, 0.004) for _ in range(BLOCK)]
+            shape = {key: np.concatenate([s[key] for s in shapes]) for key in shapes[0]}
+            turns = rotation_vectors(draw_poses(rng, BLOCK), self.axes)
+            hands = []
+            for j in range(0, BLOCK, CHUNK):
+                part = slice(j, j + CHUNK)
+                angles = {bone: turn[part] for bone, turn in turns.items()}
+                hands.append(self.model({k: v[part] for k, v in shape.items()}, angles=angles))
+            yield self._turned(np.concatenate(hands)[: self.sizes[i]])
+
+    @staticmethod
+    def _turned(hands: ndarray) -> ndarray:
+        # The model's fingers point back, its thumb up and its palm to the right.
+        return np.stack([hands[..., 1], -hands[..., 2], -hands[..., 0]], axis=-1)
+
+
+def draw_poses(rng: np.random.Generator, num: int) -> dict[str, ndarray]:
+    r"""Random joint angles :obj:`[num]` in degrees, those of fingers :obj:`[num, 4]` from the index
+    on."""
+
+    def between(name: str, part: ndarray) -> ndarray:
+        low, high = LIMITS[name]
+        return low + (high - low) * np.clip(part, 0, 1)
+
+    # From fingers that all do the same to fingers that each do something else.
+    together = rng.random((num, 1))
+    closed = together * rng.random((num, 1)) + (1 - together) * rng.random((num, 4))
+    bent = closed + rng.normal(0, 0.12, (num, 4))
+    spread = rng.random((num, 1)) * (1 - closed) + rng.normal(0, 0.08, (num, 4))
+    thumb = 0.5 * closed[:, :1].mean(axis=1) + 0.5 * rng.random(num)
+    return {
+        "knuckle": between("knuckle", closed + rng.normal(0, 0.12, (num, 4))),
+        "spread": between("spread", spread),
+        "middle": between("middle", bent),
+        "end": between("end", bent + rng.normal(0, 0.06, (num, 4))),
+        "thumb_root": between("thumb_root", rng.random(num)),
+        "thumb_out": between("thumb_out", rng.random(num)),
+        "thumb_twist": between("thumb_twist", rng.random(num)),
+        "thumb_middle": between("thumb_middle", thumb + rng.normal(0, 0.15, num)),
+        "thumb_end": between("thumb_end", thumb + rng.normal(0, 0.2, num)),
+        "wrist": between("wrist", rng.random(num)),
+        "wrist_side": between("wrist_side", rng.random(num)),
+    }
+
+
+def rotation_vectors(angles: dict[str, ndarray], axes: ndarray) -> dict[str, ndarray]:
+    r"""Joint angles of :meth:`draw_poses` to rotation vectors :obj:`[num, 3]` of bones, in degrees
+    along Anny's axes, given the matrix that leads to them from those of the hand."""
+
+    def turn(axis: tuple[float, float, float], angle: ndarray) -> Rotation:
+        # Anny's hand has its fingers along y, its palm to -x and its thumb along z.
+        x, y, z = axis
+        return Rotation.from_rotvec(np.outer(angle, axes @ [-z, y, x]), degrees=True)
+
+    turns = {
+        "wrist.R": turn(WRIST_SIDE, angles["wrist_side"]) * turn(WRIST_BEND, angles["wrist"]),
+        "finger1-1.R": turn(THUMB_OUT, angles["thumb_out"])
+        * turn(THUMB_BEND, angles["thumb_root"])
+        * turn(THUMB_AXIS, angles["thumb_twist"]),
+        "finger1-2.R": turn(THUMB_BEND, angles["thumb_middle"]),
+        "finger1-3.R": turn(THUMB_BEND, angles["thumb_end"]),
+    }
+    for i, (bend, spread) in enumerate(zip(BEND, SPREAD, strict=True)):
+        knuckle = turn(spread, angles["spread"][:, i]) * turn(bend, angles["knuckle"][:, i])
+        turns[f"finger{i + 2}-1.R"] = knuckle
+        turns[f"finger{i + 2}-2.R"] = turn(bend, angles["middle"][:, i])
+        turns[f"finger{i + 2}-3.R"] = turn(bend, angles["end"][:, i])
+    return {bone: rotation.as_rotvec(degrees=True) for bone, rotation in turns.items()}

@@ -1,0 +1,221 @@
+r"""Meshes stored for the next time: vertices in a file that is mapped rather than read, so that
+there may be more than memory holds, and beside it what belongs to them."""
+
+import hashlib
+import mmap
+import os
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import BytesIO, FileIO
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Protocol
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy import ndarray
+from tqdm import tqdm
+
+from pyg_attnpool.files import digest, replacing
+
+FLOAT = np.dtype("<f4")
+
+# Python has no name for it before 3.13.
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+
+class Source(Protocol):
+    r"""What meshes are made by or read from, block after block."""
+
+    template: tuple[ndarray, ndarray]
+    sizes: Sequence[int]
+    r"""The number of meshes in every block."""
+    labels: dict[str, Sequence[Any]]
+    r"""What else to store, by names other than those of the settings."""
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        r"""The blocks of meshes :obj:`[m, N, 3]` from number :obj:`start` on."""
+
+
+def stored(
+    path: Path,
+    settings: dict[str, int | str],
+    open_source: Callable[[], Source],
+    description: str,
+    mapped: bool = True,
+) -> dict[str, ndarray]:
+    r"""Meshes of a file that is whole and of these settings, or else of a source, from where they
+    are stored first. One process at a time does that; others wait for it. Where it is killed, the
+    next one goes on with the block it was at; where it fails, nothing is left.
+
+    Args:
+        path (Path): A :obj:`.npz` file. Its vertices are in a :obj:`.npy` file of the same name if
+            :obj:`mapped`.
+        settings (dict): What decides the content.
+        open_source (callable): Returns the :class:`Source`.
+        description (str): What the progress bar says.
+        mapped (bool, optional): If set to :obj:`False`, the vertices are in the :obj:`.npz` file,
+            and in memory. (default: :obj:`True`)
+
+    Returns:
+        :obj:`"vertices"`, :obj:`"template"`, :obj:`"faces"` and the labels.
+
+    Raises:
+        ValueError: If the disk is full.
+    """
+    with suppress(ValueError):
+        arrays = load(path, settings)
+        if arrays is not None:
+            return arrays
+    path.parent.mkdir(parents=True, exist_ok=True)
+    key = hashlib.sha256(repr(settings).encode()).hexdigest()[:8]
+    partial = path.with_name(f".{path.stem}.{key}.partial.npy")
+    with tqdm(desc="Loading") as progress:
+        # Before there is a file for the blocks: what they are made from may not be there.
+        source = open_source()
+        progress.set_description(description)
+        progress.reset(total=len(source.sizes))
+        with _held(partial) as file:
+            try:
+                arrays = load(path, settings)  # of the process that was waited for
+            except ValueError as e:
+                print(f"{e} and made again")
+                arrays = None
+            if arrays is not None:
+                partial.unlink(missing_ok=True)
+                return arrays
+            _append(file, source, progress)
+            _save(path, settings, source, partial, mapped)
+            # Those of other settings too, which nobody will go on with.
+            for left in path.parent.glob(f".{path.stem}.*.partial.npy"):
+                left.unlink(missing_ok=True)
+    file = path.with_suffix(".npy") if mapped else path
+    print(
+        f"Made {sum(source.sizes):,} meshes of {len(source.template[0]):,} vertices, "
+        f"{file.stat().st_size / 1e6:.0f} MB in {file}"
+    )
+    return load(path, settings)
+
+
+def mapped_array(path: Path) -> ndarray:
+    r"""The array of a :obj:`.npy` file, read where it is looked at. It may be written to, which
+    copies pages and leaves the file as it is.
+
+    Raises:
+        ValueError: If the file is damaged or holds Python objects.
+    """
+    array = np.load(path, mmap_mode="r", allow_pickle=False)
+    with open(path, "rb") as file:
+        # As mode "c" of NumPy, which the system refuses where the array is larger than memory,
+        # since all of it might be written to.
+        pages = mmap.mmap(
+            file.fileno(),
+            0,
+            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
+            prot=mmap.PROT_READ | mmap.PROT_WRITE,
+        )
+    return np.ndarray(array.shape, array.dtype, pages, array.offset, array.strides)
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[FileIO]:
+    # Opened to append, by this process alone.
+    import fcntl  # POSIX has it
+
+    while True:
+        file = open(path, "ab", buffering=0)  # what a full disk refuses is not tried again
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Whoever held it has renamed or removed it, or the name is still that of this file.
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()
+    with file:
+        try:
+            yield file
+        except Exception as e:
+            path.unlink(missing_ok=True)
+            if isinstance(e, OSError) and not isinstance(e, FileNotFoundError):
+                raise ValueError(f"Expected to write to {path.parent} (got: {e})") from e
+            raise
+
+
+def _append(file: FileIO, source: Source, progress: tqdm):
+    # What a file that was cut off at any byte has of whole blocks is kept.
+    num_vertices = len(source.template[0])
+    header = _header(sum(source.sizes), num_vertices)
+    size = FLOAT.itemsize * 3 * num_vertices
+    ends = [len(header) + size * num for num in accumulate(source.sizes, initial=0)]
+    written = os.fstat(file.fileno()).st_size
+    start = sum(end <= written for end in ends) - 1
+    file.truncate(ends[start] if start >= 0 else 0)
+    if start < 0:
+        file.write(header)
+        start = 0
+    needed, free = ends[-1] - ends[start], shutil.disk_usage(os.path.dirname(file.name)).free
+    if free < needed:
+        raise ValueError(
+            f"Expected {needed / 1e6:,.0f} MB of free space for {file.name} "
+            f"(got {free / 1e6:,.0f} MB)"
+        )
+    progress.update(start)
+    for block in source.blocks(start):
+        rest = np.ascontiguousarray(block, dtype=FLOAT).data.cast("B")
+        while rest:
+            rest = rest[file.write(rest) :]
+        progress.update()
+    written = os.fstat(file.fileno()).st_size
+    if written != ends[-1]:
+        raise ValueError(f"Expected {ends[-1]} bytes in {file.name} (got {written})")
+
+
+def _header(num_meshes: int, num_vertices: int) -> bytes:
+    buffer = BytesIO()
+    shape = (num_meshes, num_vertices, 3)
+    np.lib.format.write_array_header_1_0(
+        buffer, {"descr": FLOAT.str, "fortran_order": False, "shape": shape}
+    )
+    return buffer.getvalue()
+
+
+def _save(path: Path, settings: dict[str, int | str], source: Source, partial: Path, mapped: bool):
+    arrays = {
+        **{name: np.array(value) for name, value in settings.items()},
+        "vertices": np.load(partial, mmap_mode="r", allow_pickle=False),
+        "template": source.template[0],
+        "faces": source.template[1],
+        **{name: np.array(values) for name, values in source.labels.items()},
+    }
+    sha256 = np.array(digest(arrays))
+    if mapped:
+        del arrays["vertices"]
+    with replacing(path) as temporary:
+        np.savez(temporary, **arrays, sha256=sha256)
+    if mapped:
+        os.replace(partial, path.with_suffix(".npy"))
+
+
+def load(path: Path, settings: dict[str, int | str]) -> dict[str, ndarray] | None:
+    r"""What :meth:`stored` has stored, or :obj:`None` if nothing.
+
+    Raises:
+        ValueError: If a file is damaged or of other settings.
+    """
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        if "vertices" not in arrays:
+            arrays["vertices"] = mapped_array(path.with_suffix(".npy"))
+        if str(arrays.pop("sha256")) != digest(arrays):
+            raise ValueError("another checksum")
+        made = {name: arrays.pop(name).item() for name in settings}
+    except (BadZipFile, EOFError, KeyError, OSError, ValueError, zlib.error) as e:
+        raise ValueError(f"{path} is damaged ({e})") from e
+    if made != settings:
+        raise ValueError(f"{path} is of another generator or other parameters")
+    return arrays

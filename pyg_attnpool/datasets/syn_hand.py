@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from numpy import ndarray
+
+from pyg_attnpool.datasets.registered_meshes import RegisteredMeshes
+
+
+class SynHand(RegisteredMeshes):
+    r"""Hands of SynHand5M, the data set of the `"DeepHPS: End-to-end Estimation of 3D Hand Pose
+    and Shape by Learning from Synthetic Depth" <https://arxiv.org/abs/1808.09208>`_ paper, which
+    the experiments call SYNHAND: 100,000 of its meshes of 1,193 vertices. They are given as a
+    folder of mesh files or an array, as in :class:`RegisteredMeshes`. Every mesh is drawn for
+    itself, so :meth:`split` keeps the first 10 of every 100 for test unless told otherwise.
+
+    Args:
+        path (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
+            array of vertices :obj:`[M, 1193, 3]`.
+        template (str, Path or tuple, optional): As in :class:`RegisteredMeshes`; an array needs
+            one. (default: :obj:`None`)
+        scale (float, optional): What takes the unit of the meshes to metres.
+            (default: :obj:`0.001`)
+        transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        root (str or Path, optional): As in :class:`RegisteredMeshes`. (default: :obj:`None`)
+
+    Raises:
+        FileNotFoundError: If there is no such folder or file; the message says whom to ask.
+        ValueError: As in :class:`RegisteredMeshes`.
+    """
+
+    default_split = "independent"
+
+    def __init__(
+        self,
+        path: str | Path,
+        template: str | Path | tuple[ndarray, ndarray] | None = None,
+        scale: float = 0.001,
+        transform: Callable | None = None,
+        root: str | Path | None = None,
+    ):
+        path = Path(path).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(
+                f"Expected meshes of SynHand5M at {path} (got no such file or folder): ask the "
+                f"authors of https://arxiv.org/abs/1808.09208 for them, and put them there as "
+                f"mesh files or as an array [M, 1193, 3] in a .npy file"
+            )
+        super().__init__(path, template, scale, transform, root)
