@@ -98,6 +98,9 @@ class Options:
     """Folder for everything written; by default runs/ and the name of script, scale and data."""
     resume: bool = False
     """Go on where an earlier sweep into the same folder was cut off."""
+    reuse: tuple[Path, ...] = ()
+    """CSV files of other sweeps. What they have of the same settings and seeds is taken from there:
+    tables share settings, and a run takes hours at full scale."""
 
 
 @dataclass(frozen=True)
@@ -369,12 +372,13 @@ class ResultsFile:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         self.rows: list[dict[str, str]] = []
+        self.torn: int | None = None
         if not self.path.exists():
             return
         content = self.path.read_bytes()
         whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            os.truncate(self.path, len(whole))
+        if whole != content:  # cut off when it is written to: it may be a running sweep's
+            self.torn = len(whole)
         reader = csv.DictReader(io.StringIO(whole.decode()))
         if whole and tuple(reader.fieldnames or ()) != COLUMNS:
             raise ValueError(f"Expected results of a sweep in {self.path} (got other columns)")
@@ -388,6 +392,9 @@ class ResultsFile:
 
     def append(self, row: dict[str, Any]):
         r"""Adds a finished run."""
+        if self.torn is not None:
+            os.truncate(self.path, self.torn)
+            self.torn = None
         line = io.StringIO()
         writer = csv.DictWriter(line, COLUMNS, lineterminator="\n")
         if not self.path.exists() or self.path.stat().st_size == 0:
@@ -465,6 +472,7 @@ def sweep(experiment: Experiment, options: Options) -> "dict[str, Results]":
             f"to go on with them, or choose another 'output'"
         )
     results.check(runs)
+    _take_over(results, runs, options.reuse)
     for training in _progress(runs, results, experiment.name):
         folder = output / "unfinished" / training.key
         measured = _train(training, meshes[training["data"]], folder, device, options.resume)
@@ -483,6 +491,17 @@ def sweep(experiment: Experiment, options: Options) -> "dict[str, Results]":
         found[name].setdefault(row, {})[column] = cell
     print(_report(experiment, options, output, device, meshes, found))
     return found
+
+
+def _take_over(results: ResultsFile, runs: list[Run], paths: Sequence[Path]):
+    wanted = {run.key for run in runs} - {row["key"] for row in results.rows}
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"Expected results of a sweep in {path} (got no such file)")
+        for row in ResultsFile(path).rows:
+            if row["key"] in wanted:
+                results.append(row)
+                wanted.remove(row["key"])
 
 
 def _run(settings: tuple[str, ...], seed: int) -> Run:

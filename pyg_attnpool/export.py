@@ -10,6 +10,7 @@ from torch.nn import Module
 
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
+from pyg_attnpool.ops import convolution
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
@@ -148,7 +149,13 @@ def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
     with torch.no_grad(), _quiet():
         program = torch.export.export(
             model, (zeros,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        ).run_decompositions({torch.ops.pyg_attnpool.spmm.default: spmm})
+        ).run_decompositions(
+            {
+                torch.ops.pyg_attnpool.spmm.default: spmm,
+                torch.ops.pyg_attnpool.cheb_conv.default: convolution._cheb_conv.composed,
+                torch.ops.pyg_attnpool.spiral_conv.default: convolution._spiral_conv.composed,
+            }
+        )
     # What only a backward pass reads, such as transposed patterns, would be most of the file. The
     # rest is copied: a view, such as a row of an edge_index, drags all of its storage along.
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -166,13 +173,13 @@ def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
     return program
 
 
-def _bag(rowptr, col, value, x, rowptr_t, col_t, perm):
+def _bag(rowptr, col, perm, value, x, *transposed):
     return torch.nn.functional.embedding_bag(
         col, x, rowptr, mode="sum", per_sample_weights=value, include_last_offset=True
     )
 
 
-def _scatter(rowptr, col, value, x, rowptr_t, col_t, perm):
+def _scatter(rowptr, col, perm, value, x, *transposed):
     # ONNX has no bags. The row of an entry is the number of rows that ended before it; a constant,
     # which the exporter folds. Not index_add, which becomes ScatterND: onnxruntime adds there from
     # several threads at a time, and loses some where a row repeats.

@@ -294,6 +294,35 @@ def test_results_of_other_settings_are_refused(options):
         experiments.sweep(one, again)
 
 
+def test_runs_of_other_sweeps_are_taken_over(options, monkeypatch, tmp_path):
+    experiments.sweep(FEW, options)
+    first = options.output / "few.csv"
+    one = replace(
+        FEW,
+        name="one",
+        table={"QEM": {"error": Setting(spectral("qem")), "new": Setting(spectral("qem", 3))}},
+    )
+    trained = []
+    train = experiments._train
+
+    def counted(run, *args):
+        trained.append((json.loads(run["model"])["latent_channels"], run.seed))
+        return train(run, *args)
+
+    monkeypatch.setattr(experiments, "_train", counted)
+    other = replace(options, output=tmp_path / "other", seeds=(1, 2), reuse=(first,))
+    content = first.read_bytes()
+    first.write_bytes(content + b"torn")  # a sweep that is still running
+    found = experiments.sweep(one, other)[options.data[0]]
+    assert first.read_bytes() == content + b"torn"
+    assert sorted(trained) == [(3, 1), (3, 2), (8, 2)]
+    (row,) = [row for row in rows_of(other.output / "one.csv") if row in rows_of(first)]
+    assert row in found["QEM"]["error"].rows and row["seed"] == "1"
+    with pytest.raises(FileNotFoundError, match="results of a sweep in .*none.csv"):
+        again = replace(other, resume=True, reuse=(tmp_path / "none.csv",))
+        experiments.sweep(one, again)
+
+
 @pytest.mark.parametrize(
     "changes, error, message",
     [

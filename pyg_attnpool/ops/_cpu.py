@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 2  # that of cpu.cpp: raised in both with every change of a function's arguments
+VERSION = 3  # that of cpu.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -113,6 +113,16 @@ def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""The dot products of rows of :obj:`a` and :obj:`b` at the entries of a CSR pattern."""
     out = a.new_empty(col.numel())
     _call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, rowptr, col, a, b, out)
+    return out
+
+
+def spmm_grads(
+    rowptr_t: Tensor, col_t: Tensor, perm: Tensor, value: Tensor, g: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    r"""The gradients of :obj:`x` and :obj:`value` from that of their product, given its transposed
+    pattern."""
+    out = torch.empty_like(x), torch.empty_like(value)
+    _call(f"spmm_grads_{DTYPES[x.dtype]}", *x.shape, rowptr_t, col_t, perm, value, g, x, *out)
     return out
 
 

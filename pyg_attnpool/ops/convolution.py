@@ -171,8 +171,10 @@ def _cheb_grads(
     with torch.autocast(x.device.type, enabled=False):
         g, x, weight = _prepared(g, x, weight)
         terms = _terms((rowptr, col, value), g, weight.size(0))
+        grad_weight = _correlate([x] * len(terms), terms)
+        # Last, so that it is still in the cache where the gradient goes on.
         grad_x = _combine(terms, weight.transpose(1, 2), None)
-        return grad_x.to(dtype), _correlate([x] * len(terms), terms).to(dtype)
+        return grad_x.to(dtype), grad_weight.to(dtype)
 
 
 @_cheb_grads.register_fake

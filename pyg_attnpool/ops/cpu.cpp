@@ -182,6 +182,63 @@ void sddmm(int64_t M, int64_t C, const int64_t* rowptr, const int64_t* col, cons
     }
 }
 
+// A block of `U` vectors of one row of both gradients of a product, which share the rows of `g`.
+template <class T, int U>
+inline void spmm_grads_block(int64_t begin, int64_t end, int64_t C, const int64_t* col_t,
+                             const int64_t* perm, const T* value, const T* g, const T* x,
+                             T* grad_x, T* grad_value) {
+    constexpr int W = Simd<T>::width;
+    Vector<T> own[U], sum[U] = {};
+    for (int u = 0; u < U; ++u) own[u] = load(x + u * W);
+    for (int64_t e = begin; e < end; ++e) {
+        const T* row = g + col_t[e] * C;
+        const T v = value[perm[e]];
+        if (e + 4 < end)
+            for (int u = 0; u < U; ++u) __builtin_prefetch(g + col_t[e + 4] * C + u * W);
+        Vector<T> product = {};
+        for (int u = 0; u < U; ++u) {
+            const Vector<T> features = load(row + u * W);
+            sum[u] += v * features;
+            product += own[u] * features;
+        }
+        grad_value[perm[e]] += sum_lanes<T>(product);
+    }
+    for (int u = 0; u < U; ++u) store(grad_x + u * W, sum[u]);
+}
+
+// The gradients of x and of the values in one pass through the transposed pattern: every row of
+// the gradient `g` of the product is fetched once for both.
+template <class T>
+void spmm_grads(int64_t N, int64_t C, const int64_t* rowptr_t, const int64_t* col_t,
+                const int64_t* perm, const T* value, const T* g, const T* x, T* grad_x,
+                T* grad_value) {
+    constexpr int W = Simd<T>::width;
+    std::fill_n(grad_value, rowptr_t[N], T(0));
+#pragma omp parallel for schedule(dynamic, 16) if (rowptr_t[N] * C > SERIAL)
+    for (int64_t j = 0; j < N; ++j) {
+        const int64_t begin = rowptr_t[j], end = rowptr_t[j + 1];
+        int64_t c = 0;
+        auto blocks = [&](auto vectors) {
+            constexpr int U = decltype(vectors)::value;
+            for (; c + U * W <= C; c += U * W)
+                spmm_grads_block<T, U>(begin, end, C, col_t, perm, value, g + c, x + j * C + c,
+                                       grad_x + j * C + c, grad_value);
+        };
+        blocks(std::integral_constant<int, 8>());
+        blocks(std::integral_constant<int, 2>());
+        blocks(std::integral_constant<int, 1>());
+        for (; c < C; ++c) {
+            T sum = 0;
+            for (int64_t e = begin; e < end; ++e) {
+                const T feature = g[col_t[e] * C + c];
+                sum += value[perm[e]] * feature;
+                grad_value[perm[e]] += x[j * C + c] * feature;
+            }
+            grad_x[j * C + c] = sum;
+        }
+    }
+}
+
 // Convolutions ////////////////////////////////////////////////////////////////////////////////
 
 // `R` samples of one vertex times one vector's width of the columns of the weights.
@@ -309,27 +366,32 @@ struct Ranked {
 template <class T>
 void order(Ranked<T>* list, int64_t n, int64_t K) {
     constexpr int W = Simd<T>::width;
+    constexpr int64_t SHORT = 512;
     using Mask = decltype(Vector<T>() < Vector<T>());
     using Index = typename std::remove_reference<decltype(Mask()[0])>::type;
-    if (n > 512) {
+    if (n > SHORT) {
         std::partial_sort(list, list + K, list + n);
         return;
     }
-    const int64_t filled = (n + W - 1) / W * W;
-    std::vector<T> score(filled, 0);
-    std::vector<Index> index(filled, 0);
-    for (int64_t e = 0; e < n; ++e) score[e] = list[e].score, index[e] = list[e].index;
-    std::vector<Ranked<T>> sorted(list, list + K);
+    T score[SHORT];
+    Index index[SHORT];
+    Ranked<T> sorted[SHORT];
+    for (int64_t e = 0; e < n; ++e) {
+        const T s = list[e].score;
+        score[e] = s == s ? s : -std::numeric_limits<T>::infinity();  // no numbers are the last
+        index[e] = list[e].index;
+    }
+    for (int64_t e = n; e % W; ++e) score[e] = index[e] = 0;
     for (int64_t e = 0; e < n; e += W) {
         Mask own, place = {};
-        std::memcpy(&own, index.data() + e, sizeof(own));
-        const Vector<T> scores = load(score.data() + e);
+        std::memcpy(&own, index + e, sizeof(own));
+        const Vector<T> scores = load(score + e);
         for (int64_t f = 0; f < n; ++f)
             place -= (score[f] > scores) | ((score[f] == scores) & (index[f] < own));
         for (int w = 0; w < W && e + w < n; ++w)
             if (place[w] < K) sorted[place[w]] = list[e + w];
     }
-    std::copy(sorted.begin(), sorted.end(), list);
+    std::copy_n(sorted, K, list);
 }
 
 // Vectors at unit length, each filled up with zeros to whole registers.
@@ -486,13 +548,9 @@ void topk(int64_t M, int64_t N, int64_t c, int64_t k, int64_t K, const T* query,
             int32_t* own = candidates + i * K;
             angle[i] -= key_turn + turned(c, last_query + i * c, queries[i]);
             std::copy_n(queries[i], c, last_query + i * c);
-            // They stand in almost the right order, for which insertion is the fastest.
-            for (int64_t e = 0; e < K; ++e) {
-                const Ranked<T> next = {dot(queries[i], keys[own[e]], keys.stride), own[e]};
-                int64_t to = e;
-                for (; to > 0 && next < list[to - 1]; --to) list[to] = list[to - 1];
-                list[to] = next;
-            }
+            for (int64_t e = 0; e < K; ++e)
+                list[e] = {dot(queries[i], keys[own[e]], keys.stride), own[e]};
+            order(list.data(), K, K);
             for (int64_t e = 0; e < K; ++e) own[e] = list[e].index;
             for (int64_t e = 0; e < k; ++e) {
                 index[i * k + e] = list[e].index;
@@ -646,6 +704,11 @@ void transpose(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col, 
                       const T* a, const T* b, T* out) {                                           \
         sddmm<T>(M, C, rowptr, col, a, b, out);                                                   \
     }                                                                                             \
+    void spmm_grads_##NAME(int64_t N, int64_t C, const int64_t* rowptr_t, const int64_t* col_t,   \
+                           const int64_t* perm, const T* value, const T* g, const T* x,           \
+                           T* grad_x, T* grad_value) {                                            \
+        spmm_grads<T>(N, C, rowptr_t, col_t, perm, value, g, x, grad_x, grad_value);              \
+    }                                                                                             \
     void convolve_slots_##NAME(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S,             \
                                const T* const* x, const T* weight, const T* bias, T* out) {       \
         convolve<T>(M, B, F, G, S, weight, bias, out, [=](int64_t i, int64_t b, auto f) {         \
@@ -684,7 +747,7 @@ void transpose(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col, 
     }
 
 extern "C" {
-void pyg_attnpool_2() {}  // the version that _cpu.py looks for
+void pyg_attnpool_3() {}  // the version that _cpu.py looks for
 
 FOR_TYPE(float, float)
 FOR_TYPE(double, double)

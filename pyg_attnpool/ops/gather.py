@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.operator import operator
+from pyg_attnpool.ops.operator import operator, plain
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -29,8 +29,8 @@ Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col and the entry of the orig
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    r"""Whether the compiled operations take the tensor."""
-    return _cpu.AVAILABLE and tensor.device.type == "cpu"
+    r"""Whether the compiled operations take the tensor, of which tracing holds no values."""
+    return _cpu.AVAILABLE and tensor.device.type == "cpu" and plain(tensor)
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -117,20 +117,70 @@ def _spmm_setup(ctx, inputs, output):
 
 def _spmm_backward(ctx, grad):
     rowptr, col, perm, value, x, rowptr_t, col_t, perm_t = ctx.saved_tensors
+    needs_value, needs_x = ctx.needs_input_grad[3:5]
     grad_value = grad_x = None
-    if ctx.needs_input_grad[3]:
+    if needs_x and rowptr_t is None:
+        rowptr_t, col_t, perm_t = transpose(rowptr, col, ctx.num_cols)
+        perm_t = perm_t if perm is None else perm[perm_t]
+    if needs_value and needs_x and perm is None:
+        grad_value, grad_x = _spmm_grads(rowptr, col, value, grad, x, rowptr_t, col_t, perm_t)
+        return None, None, None, grad_value, grad_x, None, None, None
+    if needs_value:
         grad_value = sddmm(rowptr, col, grad, x)
         if perm is not None:
             grad_value = torch.empty_like(grad_value).index_put((perm,), grad_value)
-    if ctx.needs_input_grad[4]:
-        if rowptr_t is None:
-            rowptr_t, col_t, perm_t = transpose(rowptr, col, ctx.num_cols)
-            perm_t = perm_t if perm is None else perm[perm_t]
+    if needs_x:
         grad_x = _spmm(rowptr_t, col_t, perm_t, value, grad, None, None, None)
     return None, None, None, grad_value, grad_x, None, None, None
 
 
 _spmm.register_autograd(_spmm_backward, setup_context=_spmm_setup)
+
+
+@operator("spmm_grads")
+def _spmm_grads(
+    rowptr: Tensor,
+    col: Tensor,
+    value: Tensor,
+    grad: Tensor,
+    x: Tensor,
+    rowptr_t: Tensor,
+    col_t: Tensor,
+    perm_t: Tensor,
+) -> tuple[Tensor, Tensor]:
+    # The gradients of value and x, which read the same rows.
+    pattern = rowptr_t.contiguous(), col_t.contiguous(), perm_t.contiguous()
+    if on_cpu(x) and value.numel() > 0 and x.numel() > 0:
+        dtype = at_least_single(x.dtype)
+        values, rows, of_rows = (t.to(dtype).contiguous() for t in (value, x, grad))
+        grad_x, grad_value = _cpu.spmm_grads(*pattern, values, of_rows, rows)
+        return grad_value.to(x.dtype), grad_x.to(x.dtype)
+    grad_value = sddmm(rowptr, col, grad, x)
+    return grad_value, _spmm(rowptr_t, col_t, perm_t, value, grad, None, None, None)
+
+
+@_spmm_grads.register_fake
+def _(rowptr, col, value, grad, x, rowptr_t, col_t, perm_t):
+    return value.new_empty(value.shape), x.new_empty(x.shape)
+
+
+def _spmm_grads_setup(ctx, inputs, output):
+    ctx.save_for_backward(*inputs)
+
+
+def _spmm_grads_backward(ctx, of_value, of_x):
+    rowptr, col, value, grad, x, *transposed = ctx.saved_tensors
+    grad_value = grad_grad = grad_x = None
+    if ctx.needs_input_grad[2]:
+        grad_value = sddmm(rowptr, col, grad, of_x)
+    if ctx.needs_input_grad[3]:
+        grad_grad = spmm(rowptr, col, of_value, x) + spmm(rowptr, col, value, of_x)
+    if ctx.needs_input_grad[4]:
+        grad_x = _spmm(*transposed, of_value, grad, None, None, None)
+    return None, None, grad_value, grad_grad, grad_x, None, None, None
+
+
+_spmm_grads.register_autograd(_spmm_grads_backward, setup_context=_spmm_grads_setup)
 
 
 def spmm(

@@ -8,7 +8,8 @@ from torch import Tensor
 def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
     r"""Makes a function an operator that :func:`torch.compile` and :func:`torch.export` do not look
     into, as :func:`torch.library.custom_op` does, with its :meth:`register_fake` and
-    :meth:`register_autograd`. On plain tensors it is a :class:`torch.autograd.Function` instead,
+    :meth:`register_autograd`; :obj:`composed` is the function, which on tensors without values
+    forms it of PyTorch's operations where it can. On plain tensors it is a :class:`torch.autograd.Function` instead,
     whose call costs a fraction: a layer calls several, and on small levels does little else.
 
     Args:
@@ -25,7 +26,7 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
 
         def call(*args: Any) -> Any:
             traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-            if traced or not all(_plain(arg) for arg in args):
+            if traced or not all(plain(arg) for arg in args):
                 return custom(*args)
             return eager(*args)
 
@@ -42,6 +43,7 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
             methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
             eager = type(name, (torch.autograd.Function,), methods).apply
 
+        call.composed = function
         call.register_fake = custom.register_fake
         call.register_autograd = register_autograd
         return call
@@ -49,8 +51,8 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
     return decorate
 
 
-def _plain(arg: Any) -> bool:
-    # Not what tracing puts in the place of a tensor, and with values.
+def plain(arg: Any) -> bool:
+    r"""Whether an argument is not what tracing puts in the place of a tensor, and has values."""
     if not isinstance(arg, Tensor):
         return True
     return type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta

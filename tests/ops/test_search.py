@@ -593,6 +593,7 @@ def status_of_child(function):
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        torch.set_num_threads(1)  # a pool of threads does not survive a fork
         signal.alarm(30)  # broken memory may also end in waiting for ever
         status = 1
         try:
