@@ -9,7 +9,7 @@ import measure
 import torch
 
 from pyg_attnpool import MeshHierarchy
-from pyg_attnpool.comparison import LIFTED
+from pyg_attnpool.comparison import SHARPENING
 from pyg_attnpool.datasets import AnnyFaces
 from pyg_attnpool.models import coma
 from pyg_attnpool.training import fit
@@ -17,7 +17,7 @@ from pyg_attnpool.training import fit
 # The paper's variant of the layer with its recipe, and the one that starts better with the other.
 RUNS = {
     "paper": {},
-    "fast": dict(down_kwargs=LIFTED, up_kwargs=LIFTED, latent_activation=None),
+    "fast": dict(down_kwargs=SHARPENING, up_kwargs=SHARPENING, latent_activation=None),
 }
 NOTES = (
     "Percent of the rows of all steps, the first step's among them, which are all searched.",

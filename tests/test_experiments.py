@@ -37,6 +37,7 @@ from tests.mesh.meshes import blob  # noqa: E402
 
 SCRIPTS = (
     *("table1", "table2", "table3", "table8", "table9", "table10", "table11", "table12"),
+    "ablation",
     *("figure3", "figure10", "figure15", "figure16", "figure17", "figure18_19"),
 )
 QUICK = ("table1", "figure10", "figure18_19")
@@ -126,11 +127,24 @@ def test_rows_are_the_grid(options, folder):
         assert quantiles[50] == pytest.approx(float(row["median"]), rel=1e-3)
         assert float(row["seconds"]) > 0 and torch.__version__.split("+")[0] in row["versions"]
     # The fast recipe's attention and linear latent, spelt out.
-    assert models[2]["up_kwargs"] == experiments.LIFTED and models[0]["latent_activation"] is None
+    assert models[2]["up_kwargs"] == experiments.SHARPENING and models[0]["latent_activation"] is None
     assert rows[0]["shipped"] == rows[2]["shipped"]  # of QEM and attention
     assert found["again"]["simple"].rows == found["QEM"]["simple"].rows
     assert list(found["again"]) == ["simple", "PCA"]
     assert not (options.output / "unfinished").exists()
+
+
+def test_fixed_attention_learns_no_mapping(options):
+    table = {
+        name: {"error": Setting(spectral("attention", fixed=fixed))}
+        for name, fixed in (("fixed", True), ("learned", False))
+    }
+    options = replace(options, seeds=(0,))
+    found = experiments.sweep(replace(FEW, table=table), options)[options.data[0]]
+    fixed, learned = (found[name]["error"].rows[0] for name in table)
+    assert fixed["trained"] == fixed["shipped"] == learned["shipped"]
+    assert int(learned["trained"]) > int(learned["shipped"])
+    assert fixed["mean"] != learned["mean"]
 
 
 class Killed(Exception):
@@ -200,7 +214,7 @@ def test_settings_of_scales_and_recipes(options):
     assert published["latent_activation"] == "relu" and published["up_kwargs"] == {}
     # Only attention takes arguments, and those of a setting win.
     mixed = settings(spectral("qem", up="attention", up_kwargs={"init": "normal"}))[3]
-    assert mixed["up_kwargs"] == {**experiments.LIFTED, "init": "normal"}
+    assert mixed["up_kwargs"] == {**experiments.SHARPENING, "init": "normal"}
     assert "down_kwargs" not in mixed
     assert "latent_activation" not in settings(spiral("qem"))[3]
 

@@ -152,6 +152,7 @@ def test_custom_operators_pass_opcheck(pattern, dtype, device):
     torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x), **tolerance)
     transposed = transpose(rowptr, col, num_cols)
     torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x, *transposed), **tolerance)
+    torch.library.opcheck(ops.spmm_grads, (rowptr, col, value, a, x, *transposed), **tolerance)
     torch.library.opcheck(ops.sddmm, (rowptr, col, a, x), **tolerance)
 
 
