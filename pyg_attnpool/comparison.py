@@ -63,7 +63,7 @@ class Options:
     """Go on where an earlier run into the same folder was cut off."""
 
     def attention(self, pool: str) -> dict[str, Any]:
-        r"""The arguments of :class:`MeshAutoencoder` that make attention that of the fast recipe."""
+        r"""The arguments of :class:`MeshAutoencoder` for the attention of the fast recipe."""
         if pool != "attention" or self.published:
             return {}
         return {"down_kwargs": SHARPENING, "up_kwargs": SHARPENING}

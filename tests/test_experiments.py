@@ -127,7 +127,8 @@ def test_rows_are_the_grid(options, folder):
         assert quantiles[50] == pytest.approx(float(row["median"]), rel=1e-3)
         assert float(row["seconds"]) > 0 and torch.__version__.split("+")[0] in row["versions"]
     # The fast recipe's attention and linear latent, spelt out.
-    assert models[2]["up_kwargs"] == experiments.SHARPENING and models[0]["latent_activation"] is None
+    assert models[2]["up_kwargs"] == experiments.SHARPENING
+    assert models[0]["latent_activation"] is None
     assert rows[0]["shipped"] == rows[2]["shipped"]  # of QEM and attention
     assert found["again"]["simple"].rows == found["QEM"]["simple"].rows
     assert list(found["again"]) == ["simple", "PCA"]

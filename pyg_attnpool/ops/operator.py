@@ -9,8 +9,9 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
     r"""Makes a function an operator that :func:`torch.compile` and :func:`torch.export` do not look
     into, as :func:`torch.library.custom_op` does, with its :meth:`register_fake` and
     :meth:`register_autograd`; :obj:`composed` is the function, which on tensors without values
-    forms it of PyTorch's operations where it can. On plain tensors it is a :class:`torch.autograd.Function` instead,
-    whose call costs a fraction: a layer calls several, and on small levels does little else.
+    forms it of PyTorch's operations where it can. On plain tensors it is a
+    :class:`torch.autograd.Function` instead, whose call costs a fraction: a layer calls several,
+    and on small levels does little else.
 
     Args:
         name (str): The name in :obj:`torch.ops.pyg_attnpool`.
