@@ -177,7 +177,8 @@ class DiffPool(torch.nn.Module):
         r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
         network transposes its features only once."""
         assignment = self.conv.rows(x).softmax(dim=-1)
-        return torch.einsum("nbm,nbf->mbf", assignment, x)
+        # In this order the gradient of the assignment, the largest tensor, lies as it does.
+        return (x.permute(1, 2, 0) @ assignment.transpose(0, 1)).permute(2, 0, 1)
 
     def freeze(self) -> MappingPool:
         r"""Raises a :class:`ValueError`."""

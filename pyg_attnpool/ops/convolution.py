@@ -166,14 +166,20 @@ _cheb_correlate.register_autograd(_cheb_correlate_backward, setup_context=_cheb_
 def _cheb_grads(
     rowptr: Tensor, col: Tensor, value: Tensor, g: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # The gradients of input and weights, which share the terms T_k(L) g.
+    # The gradients of input and weights. They share the terms T_k(L) g, unless these are so wide
+    # that two recurrences in the width of x are cheaper.
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
         g, x, weight = _prepared(g, x, weight)
-        terms = _terms((rowptr, col, value), g, weight.size(0))
-        grad_weight = _correlate([x] * len(terms), terms)
-        # Last, so that it is still in the cache where the gradient goes on.
-        grad_x = _combine(terms, weight.transpose(1, 2), None)
+        laplacian, K, theta = (rowptr, col, value), weight.size(0), weight.transpose(1, 2)
+        # The input's last, so that it is still in the cache where the gradient goes on.
+        if g.size(-1) > 2 * x.size(-1):
+            grad_weight = _correlate(_terms(laplacian, x, K), [g] * K)
+            grad_x = _clenshaw(laplacian, g, theta, None)
+        else:
+            terms = _terms(laplacian, g, K)
+            grad_weight = _correlate([x] * K, terms)
+            grad_x = _combine(terms, theta, None)
         return grad_x.to(dtype), grad_weight.to(dtype)
 
 
