@@ -186,12 +186,12 @@ def test_bad_mapped_meshes(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_of_an_epoch_does_not_hold_the_meshes():
+def test_memory_of_an_epoch_does_not_hold_the_meshes(tmp_path):
     # 115 MiB of them, of which a block or two may be in memory at a time.
     script = Path(__file__).parent.parent / "benchmarks" / "streaming.py"
-    run = subprocess.run(
-        [sys.executable, script, "--meshes", "6250"], capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, script, "--meshes", "6250", "--output", tmp_path]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Statistics and an epoch" in (tmp_path / "streaming.md").read_text()
     anonymous = {
         line[:24].strip(): int(re.search(r"anonymous\s+([\d,]+)", line)[1].replace(",", ""))
         for line in run.stdout.splitlines()

@@ -382,15 +382,27 @@ void order(Ranked<T>* list, int64_t n, int64_t K) {
         index[e] = list[e].index;
     }
     for (int64_t e = n; e % W; ++e) score[e] = index[e] = 0;
-    for (int64_t e = 0; e < n; e += W) {
-        Mask own, place = {};
-        std::memcpy(&own, index + e, sizeof(own));
-        const Vector<T> scores = load(score + e);
-        for (int64_t f = 0; f < n; ++f)
-            place -= (score[f] > scores) | ((score[f] == scores) & (index[f] < own));
-        for (int w = 0; w < W && e + w < n; ++w)
-            if (place[w] < K) sorted[place[w]] = list[e + w];
-    }
+    // Returns the sum of all places.
+    auto place_all = [&](auto before) {
+        int64_t sum = 0;
+        for (int64_t e = 0; e < n; e += W) {
+            Mask own, place = {};
+            std::memcpy(&own, index + e, sizeof(own));
+            const Vector<T> scores = load(score + e);
+            for (int64_t f = 0; f < n; ++f) place -= before(f, scores, own);
+            for (int w = 0; w < W && e + w < n; ++w) {
+                sum += place[w];
+                if (place[w] < K) sorted[place[w]] = list[e + w];
+            }
+        }
+        return sum;
+    };
+    // Only where scores are equal does the sum fall short, and need indices be looked at.
+    auto greater = [&](int64_t f, Vector<T> scores, Mask) { return Mask(score[f] > scores); };
+    if (place_all(greater) < n * (n - 1) / 2)
+        place_all([&](int64_t f, Vector<T> scores, Mask own) {
+            return Mask((score[f] > scores) | ((score[f] == scores) & (index[f] < own)));
+        });
     std::copy_n(sorted, K, list);
 }
 

@@ -1,0 +1,106 @@
+r"""What a negative w_a does: how rough features are that a mapping makes of white noise, for the
+prior P, the attention A and the fused mapping M = w_a A + (1 - w_a) P of every layer, at the start
+and after training.
+
+Roughness is the Rayleigh quotient of the symmetrically normalised Laplacian of the target level:
+0 for features that do not vary, 1 for white noise, 2 at most."""
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+import tyro
+from experiments import BATCH_SIZE, SHARPENING, Meshes, Options
+from torch import Tensor
+from torch_geometric.utils import get_laplacian
+
+from pyg_attnpool import Mapping
+from pyg_attnpool.models import MeshAutoencoder, coma
+from pyg_attnpool.training import evaluate, fit
+
+NOTES = (
+    "Layers are named by the vertices that they map from and to. Roughness is the Rayleigh "
+    "quotient of the normalised Laplacian on 256 channels of white noise at the source: 0 for "
+    "features that do not vary, 1 for white noise.",
+)
+
+
+def roughness(mapping: Mapping, edge_index: Tensor) -> float:
+    r"""That of what a mapping makes of white noise, on the edges of its target level."""
+    generator = torch.Generator().manual_seed(0)
+    y = mapping @ torch.randn(mapping.num_source, 256, generator=generator)
+    index, value = get_laplacian(edge_index, normalization="sym", num_nodes=len(y))
+    laplacian = torch.zeros_like(y).index_add(0, index[0], value[:, None] * y[index[1]])
+    return ((y * laplacian).sum() / y.square().sum()).item()
+
+
+@torch.no_grad()
+def rows(model: MeshAutoencoder, w_a: float, when: str) -> list[dict[str, Any]]:
+    r"""A row for every attention layer."""
+    steps = len(model.pools)
+    targets = [*range(1, steps + 1), *reversed(range(steps))]
+    return [
+        {
+            "w_a from": w_a,
+            "when": when,
+            "layer": f"{pool.num_source} > {pool.num_target}",
+            "w_a": pool.fusion_weight.item(),
+            "P": roughness(Mapping(pool.prior_index, pool.prior_weight, pool.num_source), edges),
+            "A": roughness(pool.attention(), edges),
+            "M": roughness(pool.mapping(), edges),
+        }
+        for pool, level in zip([*model.pools, *model.unpools], targets, strict=True)
+        for edges in [model.hierarchy.edge_index(level)]
+    ]
+
+
+def main(
+    data: str = "hands",
+    steps: int = 850,
+    shares: tuple[float, ...] = (0.0, -2.0),
+    root: Path = Path("data"),
+    seed: int = 0,
+    output: Path = measure.RESULTS,
+):
+    r"""Trains CoMA with attention by the fast recipe and writes the table.
+
+    Args:
+        data: As in experiments.py.
+        steps: Steps of a run, rounded up to whole epochs.
+        shares: The values that w_a starts from.
+        root: Folder of the data sets.
+        seed: Of parameters and the order of the meshes.
+        output: Folder of the results.
+    """
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    meshes = Meshes(data, Options(root=root))
+    train, val, test = meshes.split()
+    found, errors = [], []
+    for w_a in shares:
+        kwargs = {**SHARPENING, "fusion_weight": w_a}
+        torch.manual_seed(seed)
+        model = coma(
+            meshes.hierarchy,
+            "attention",
+            latent_activation=None,
+            down_kwargs=kwargs,
+            up_kwargs=kwargs,
+        )
+        found += rows(model, w_a, "start")
+        epochs = -(-steps * BATCH_SIZE // len(train))
+        with tempfile.TemporaryDirectory() as folder:
+            trained = fit(
+                model, meshes.hierarchy, train, val, folder, epochs=epochs, seed=seed, device="cpu"
+            )
+        found += rows(trained.model, w_a, "trained")
+        errors.append({"w_a from": w_a, "epochs": epochs, "mm": evaluate(trained, test)["mean"]})
+    about = measure.machine("cpu") | {"data": data, "batch": BATCH_SIZE, "seed": seed}
+    tables = {"Roughness": found, "Test error": errors}
+    print(measure.report(output, "sharpening", measure.command(), found, tables, about, NOTES))
+
+
+if __name__ == "__main__":
+    tyro.cli(main)
