@@ -4,6 +4,8 @@ precision that both compute the same."""
 
 import copy
 import multiprocessing
+import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch.nn import Module
 
 from pyg_attnpool import MeshHierarchy, freeze_attention
 from pyg_attnpool.models import coma, neural3dmm
+from pyg_attnpool.ops import _cpu
 from pyg_attnpool.training import keep_freed_memory
 
 MODELS = {"CoMA": coma, "Neural3DMM": neural3dmm}
@@ -27,6 +30,7 @@ NOTES = (
     "Peak memory is that of model, optimizer and steps in a process of its own, above the "
     "interpreter with its libraries and the template.",
     "Difference: the largest relative one of output, loss and any gradient, in double precision.",
+    "Where the time goes: milliseconds of a mean step of ours in every compiled operation.",
 )
 
 
@@ -76,6 +80,27 @@ def make(name: str, pool: str, plain: bool, hierarchy: MeshHierarchy, seed: int)
     return PlainAutoencoder(model) if plain else model
 
 
+def operations(step: Step, rounds: int) -> dict[str, float]:
+    r"""Milliseconds of a step in every compiled operation and in all else."""
+    call, spent = _cpu._call, Counter()
+
+    def timed(name: str, *args: Any):
+        start = time.perf_counter()
+        call(name, *args)
+        spent[name.removesuffix("_float")] += time.perf_counter() - start
+
+    _cpu._call = timed
+    try:
+        start = time.perf_counter()
+        for _ in range(rounds):
+            step()
+        total = time.perf_counter() - start
+    finally:
+        _cpu._call = call
+    spent["all else"] = total - sum(spent.values())
+    return {name: 1000 * seconds / rounds for name, seconds in spent.items()}
+
+
 def peak(queue: Any, threads: int, batch_size: int, device: str, seed: int, *which: Any):
     r"""Runs in a process of its own."""
     torch.set_num_threads(threads)
@@ -98,7 +123,6 @@ def main(
     threads: int | None = None,
     device: str = "cpu",
     seed: int = 0,
-    profile: bool = False,
     output: Path = measure.RESULTS,
 ):
     r"""Prints and writes the table.
@@ -112,7 +136,6 @@ def main(
         threads: CPU threads; PyTorch's default if none.
         device: Where to run.
         seed: Of parameters and meshes.
-        profile: Also print where the time of our steps goes.
         output: Folder of the results.
     """
     torch.set_num_threads(threads or torch.get_num_threads())
@@ -121,7 +144,7 @@ def main(
     torch.manual_seed(seed)
     x = torch.randn(batch_size, num_vertices, 3, device=device)
     context = multiprocessing.get_context("spawn")
-    rows = []
+    rows, spent = [], {}
     for name in models:
         trained, equality, peaks = {}, {}, {}
         for pool in POOLS:
@@ -132,14 +155,9 @@ def main(
             trained |= {f"ours {pool}": Step(ours, x), f"plain {pool}": Step(plain, x)}
         step_times = measure.interleaved(trained, repeat, budget)
 
-        if profile:
+        if _cpu.AVAILABLE and device == "cpu":
             for pool in POOLS:
-                print(f"{name}, {pool}, five steps")
-                with torch.profiler.profile() as profiler:
-                    for _ in range(5):
-                        trained[f"ours {pool}"]()
-                averages = profiler.key_averages()
-                print(averages.table(sort_by="self_cpu_time_total", row_limit=15))
+                spent[f"{name}, {pool}"] = operations(trained[f"ours {pool}"], repeat)
 
         used = {key: copy.deepcopy(step.model).eval() for key, step in trained.items()}
         freeze_attention(used["ours attention"])
@@ -183,6 +201,12 @@ def main(
     }
     tables = {"Training": [line(row, "step") for row in rows]}
     tables["Inference"] = [line(row, "inference") for row in rows]
+    if spent:
+        names = sorted({name for each in spent.values() for name in each} - {"all else"})
+        tables["Where the time goes"] = [
+            {"operation": name} | {column: each.get(name) for column, each in spent.items()}
+            for name in [*names, "all else"]
+        ]
     name = "speed_training" if device == "cpu" else "speed_training_gpu"
     print(measure.report(output, name, measure.command(), rows, tables, about, NOTES))
 
