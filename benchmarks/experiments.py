@@ -721,4 +721,6 @@ def lines(figure: Figure, found: dict[str, Results], label: str, log: bool = Fal
         ax.set_xticks(list(results), [str(row) for row in results])
         ax.minorticks_off()
         ax.set(title=name, xlabel=label, ylabel="mean error (mm)")
-        ax.legend()
+    # One for all data sets, beside the axes: lines cross every corner.
+    drawn = axes[0].get_legend_handles_labels()
+    figure.legend(*drawn, loc="outside upper center", ncols=2 * len(found))

@@ -16,6 +16,8 @@ import measure
 import scaling
 import speed_ops
 
+from pyg_attnpool import Mapping
+
 
 @pytest.fixture
 def clock(monkeypatch):
@@ -291,3 +293,20 @@ def test_what_needs_a_gpu_runs_on_a_cpu_too(tmp_path, monkeypatch):
     assert more["mm"] < one["mm"] and more["300 epochs min"] == pytest.approx(
         5 * more["an epoch s"]
     )
+
+
+def test_roughness_of_known_mappings():
+    for name in ("openmesh", "pytorch_lightning", "matplotlib", "tyro"):
+        pytest.importorskip(name)
+    import sharpening
+
+    ring = torch.arange(30)
+    edge_index = torch.stack([torch.cat([ring, ring]), torch.cat([ring.roll(1), ring.roll(-1)])])
+
+    def roughness(matrix):
+        return sharpening.roughness(Mapping.from_matrix(matrix), edge_index)
+
+    assert roughness(torch.ones(30, 30)) == pytest.approx(0, abs=1e-5)
+    assert roughness(torch.eye(30)) == pytest.approx(1, abs=0.05)
+    signs = (-1.0) ** ring
+    assert roughness(signs[:, None]) == pytest.approx(2, rel=1e-5)
