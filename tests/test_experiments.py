@@ -454,6 +454,7 @@ def test_script(options, folder, name):
         "table10": 4,
         "table11": 3,
         "table12": 5,
+        "ablation": 11 * 2,
         "figure3": 2 * 4,
         "figure10": 4,
         "figure15": 2,

@@ -195,7 +195,7 @@ def test_memory_of_an_epoch_does_not_hold_the_meshes(tmp_path):
     anonymous = {
         line[:24].strip(): int(re.search(r"anonymous\s+([\d,]+)", line)[1].replace(",", ""))
         for line in run.stdout.splitlines()
-        if "anonymous" in line
+        if " s   anonymous" in line
     }
     assert "6,250 meshes of 1,609 vertices: 115 MiB" in run.stdout
     before = anonymous["Imports and model"]
