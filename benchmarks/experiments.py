@@ -341,7 +341,7 @@ def _train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) ->
         "quantiles": json.dumps([float(f"{q:.4g}") for q in quantiles]),
         "trained": trained,
         "shipped": shipped,
-        "seconds": round(time.perf_counter() - start, 2),
+        "seconds": float(f"{time.perf_counter() - start:.3g}"),
         "device": about.get("gpu", about["processor"]),
         "versions": ", ".join(f"{name} {about[name]}" for name in versions),
     }
