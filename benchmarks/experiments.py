@@ -6,11 +6,16 @@ import hashlib
 import io
 import json
 import logging
+import multiprocessing
 import os
 import shutil
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -89,6 +94,8 @@ class Options:
     """Steps of a run, in place of the scale's."""
     device: str = "auto"
     """cpu, cuda, or whichever is there."""
+    jobs: int = 1
+    """Runs that train side by side, each in a process with its share of the cores."""
     root: Path = Path("data")
     """Folder of the data sets: AnnyFaces, AnnyBodies and AnnyHands are made there; CoMA,
     DynamicFAUST and SynHand are where these put their files."""
@@ -347,6 +354,63 @@ def _train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) ->
     }
 
 
+def _folder(run: Run, output: Path) -> Path:
+    # Where a run keeps what it needs to go on.
+    return output / "unfinished" / run.key
+
+
+def _trained(
+    runs: list[Run], meshes: dict[str, Meshes], output: Path, device: str, options: Options
+) -> Generator[tuple[Run, dict[str, Any]], None, None]:
+    # Runs and what they measured, in the order in which they end.
+    if options.jobs == 1:
+        for run in runs:
+            folder = _folder(run, output)
+            yield run, _train(run, meshes[run["data"]], folder, device, options.resume)
+        return
+    # Processes and not threads, which would wait for each other's Python.
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    pool = ProcessPoolExecutor(
+        options.jobs, multiprocessing.get_context("spawn"), _begin, (options, threads)
+    )
+    try:
+        futures = {
+            pool.submit(_train_here, run, _folder(run, output), device, options.resume): run
+            for run in runs
+        }
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        # After an error nobody waits for what the others train; a resumed sweep goes on with it.
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():
+            child.kill()  # a signal that Lightning does not catch
+            child.join()
+
+
+# What a process that trains beside others has opened: the same files, mapped to memory.
+_meshes: dict[str, Meshes] = {}
+
+
+def _begin(options: Options, threads: int):
+    # A sweep that is killed must not leave behind what writes to the folders of its runs.
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    torch.set_num_threads(threads)
+    _quiet()
+    sys.stdout = open(os.devnull, "w")  # bars of several trainings would overwrite each other
+    _meshes.update((name, Meshes(name, options)) for name in options.data)
+
+
+def _train_here(run: Run, folder: Path, device: str, resume: bool) -> dict[str, Any]:
+    return _train(run, _meshes[run["data"]], folder, device, resume)
+
+
+def _quiet():
+    # Which devices there are and what else Lightning sells is not what this sweep is about.
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+
+
 def _num_parameters(model: torch.nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
@@ -443,8 +507,7 @@ def sweep(experiment: Experiment, options: Options) -> "dict[str, Results]":
         ValueError: If options do not fit each other, or there are results of other settings.
     """
     _check(options)
-    # Which devices there are and what else Lightning sells is not what this sweep is about.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    _quiet()
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -476,13 +539,17 @@ def sweep(experiment: Experiment, options: Options) -> "dict[str, Results]":
         )
     results.check(runs)
     _take_over(results, runs, options.reuse)
-    for training in _progress(runs, results, experiment.name):
-        folder = output / "unfinished" / training.key
-        measured = _train(training, meshes[training["data"]], folder, device, options.resume)
-        settings = dict(zip(SETTINGS, training.settings, strict=True))
-        row = {"key": training.key, **settings, "seed": training.seed, **measured}
-        results.append(row)
-        shutil.rmtree(folder, ignore_errors=True)
+    done = {row["key"] for row in results.rows}
+    left = [run for run in runs if run.key not in done]
+    bar = _Bar(experiment.name, len(runs), options.jobs)
+    bar.show(left, results.rows)
+    with closing(_trained(list(left), meshes, output, device, options)) as trained:
+        for run, measured in trained:
+            settings = dict(zip(SETTINGS, run.settings, strict=True))
+            results.append({"key": run.key, **settings, "seed": run.seed, **measured})
+            shutil.rmtree(_folder(run, output), ignore_errors=True)
+            left.remove(run)
+            bar.show(left, results.rows)
     shutil.rmtree(output / "unfinished", ignore_errors=True)
 
     keys = {run.key for run in runs}
@@ -518,32 +585,31 @@ def _check(options: Options):
         values = getattr(options, name)
         if not values or len(set(values)) != len(values):
             raise ValueError(f"Expected different '{name}', at least one (got {list(values)})")
-    if options.steps is not None and options.steps < 1:
-        raise ValueError(f"Expected positive 'steps' (got {options.steps})")
+    for name in ("steps", "jobs"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"Expected positive '{name}' (got {value})")
 
 
-def _progress(runs: list[Run], results: ResultsFile, name: str) -> Iterator[Run]:
-    # The runs that are not done, each under a bar with the time left.
-    done = {row["key"] for row in results.rows}
-    left = [run for run in runs if run.key not in done]
-    bar_format = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}"
-    start = time.monotonic()
-    for i in range(len(left) + 1):
-        seconds = time_left(left[i:], results.rows)
-        # A line of its own, since training draws bars below.
-        print(
-            tqdm.format_meter(
-                len(runs) - len(left) + i,
-                len(runs),
-                time.monotonic() - start,
-                ncols=80,
-                prefix=name,
-                bar_format=bar_format,
-                postfix="" if seconds is None else f"{tqdm.format_interval(seconds)} left",
-            ),
-            flush=True,
+class _Bar:
+    # Finished runs and the time left, on a line of their own, since training draws bars below.
+    def __init__(self, name: str, total: int, jobs: int):
+        self.name, self.total, self.jobs = name, total, jobs
+        self.start = time.monotonic()
+
+    def show(self, left: list[Run], rows: Sequence[dict[str, str]]):
+        seconds = time_left(left, rows)
+        left_over = "" if seconds is None else f"{tqdm.format_interval(seconds / self.jobs)} left"
+        line = tqdm.format_meter(
+            self.total - len(left),
+            self.total,
+            time.monotonic() - self.start,
+            ncols=80,
+            prefix=self.name,
+            bar_format="{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}{postfix}",
+            postfix=left_over,
         )
-        yield from left[i : i + 1]
+        print(line, flush=True)
 
 
 def time_left(runs: Sequence[Run], rows: Sequence[dict[str, str]]) -> float | None:

@@ -1,8 +1,12 @@
 import copy
 import csv
+import functools
 import importlib
 import json
+import multiprocessing
+import os
 import statistics
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +198,55 @@ def test_killed_twice_is_as_never_killed(options, monkeypatch):
     assert after.startswith(before) and len(starts) == 14
 
 
+def by_key(path):
+    return sorted(untimed(path), key=lambda row: row["key"])
+
+
+def test_side_by_side_is_as_one_by_one(options):
+    aside = replace(options, output=options.output.with_name("aside"), jobs=2)
+    for o in (options, aside):
+        experiments.sweep(FEW, o)
+    assert by_key(aside.output / "few.csv") == by_key(options.output / "few.csv")
+    values = [json.loads((o.output / "few.json").read_text())["rows"] for o in (options, aside)]
+    assert values[0] == values[1]
+    assert not multiprocessing.active_children()
+
+    # What goes wrong in one process ends the sweep, and the other process with it.
+    keys = [row["key"] for row in rows_of(options.output / "few.csv")]
+    again = replace(aside, output=options.output.with_name("again"))
+    (again.output / "unfinished").mkdir(parents=True)
+    (again.output / "unfinished" / keys[1]).write_text("no folder")
+    with pytest.raises(OSError, match=keys[1]):
+        experiments.sweep(FEW, again)
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_killed_side_by_side(options, folder):
+    script = Path(experiments.__file__).with_name("table3.py")
+    args = ["--data", folder, "--scale", "smoke", "--device", "cpu", "--root", options.root]
+    args = [sys.executable, script, *args, "--seeds", 0, 1, 2, "--jobs", 2, "--output"]
+    args = [str(arg) for arg in args]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    sweep = functools.partial(subprocess.Popen, env=env, stdout=subprocess.PIPE, text=True)
+    killed = sweep([*args, str(options.output)])
+    for shown in killed.stdout:
+        if " 3/12 " in shown:
+            break
+    killed.kill()
+    # The pipe ends with the last process that holds it: none is left to train.
+    killed.communicate(timeout=30)
+    assert list((options.output / "unfinished").iterdir())
+    number = len(rows_of(options.output / "table3.csv"))
+    assert 3 <= number < 12
+
+    whole = options.output.with_name("whole")
+    for more in ([str(options.output), "--resume"], [str(whole)]):
+        resumed = sweep([*args, *more])
+        assert " 12/12 " in resumed.communicate()[0] and resumed.returncode == 0
+    assert by_key(options.output / "table3.csv") == by_key(whole / "table3.csv")
+
+
 def test_settings_of_scales_and_recipes(options):
     meshes = experiments.Meshes(options.data[0], options)
 
@@ -348,6 +401,7 @@ def test_runs_of_other_sweeps_are_taken_over(options, monkeypatch, tmp_path):
         ({"data": ("synhand",)}, FileNotFoundError, "arxiv.org/abs/1808.09208"),
         ({"seeds": (1, 1)}, ValueError, r"different 'seeds', at least one \(got \[1, 1\]\)"),
         ({"steps": 0}, ValueError, r"positive 'steps' \(got 0\)"),
+        ({"jobs": 0}, ValueError, r"positive 'jobs' \(got 0\)"),
     ],
 )
 def test_bad_options_end_the_sweep_before_any_work(options, changes, error, message):

@@ -1,0 +1,56 @@
+r"""Whether trainings get done sooner side by side than one by one: the time of a sweep over four
+seeds by the number of its jobs."""
+
+import tempfile
+import time
+from pathlib import Path
+
+import experiments
+import measure
+
+
+def main(
+    data: str = "faces",
+    jobs: tuple[int, ...] = (1, 2, 4),
+    steps: int = 284,
+    device: str = "cpu",
+    output: Path = measure.RESULTS,
+):
+    r"""Trains CoMA with attention and prints how long it takes, the start of processes included.
+
+    Args:
+        data: Faces, bodies or hands.
+        jobs: Numbers of trainings side by side.
+        steps: Steps of a training.
+        device: Cpu or cuda.
+        output: Folder of the results.
+    """
+    table = {"attention": {"error": experiments.Setting(experiments.spectral("attention"))}}
+    experiment = experiments.Experiment("side_by_side", "Four trainings", table)
+    experiments.Meshes(data, experiments.Options())  # made once, which is not to be timed
+    rows = []
+    for number in jobs:
+        with tempfile.TemporaryDirectory() as folder:
+            options = experiments.Options(
+                data=(data,),
+                seeds=(0, 1, 2, 3),
+                steps=steps,
+                device=device,
+                jobs=number,
+                output=Path(folder),
+            )
+            start = time.perf_counter()
+            found = experiments.sweep(experiment, options)[data]["attention"]["error"]
+            rows.append({"jobs": number, "seconds": time.perf_counter() - start})
+            rows[-1]["times faster"] = rows[0]["seconds"] / rows[-1]["seconds"]
+            # Sums of other numbers of threads round otherwise, and no more may differ.
+            rows[-1]["mean error (mm)"] = found.mean()
+    about = measure.machine(device) | {"data": data, "steps": found.steps}
+    tables = {"Four trainings": rows}
+    print(measure.report(output, "side_by_side", measure.command(), rows, tables, about))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
