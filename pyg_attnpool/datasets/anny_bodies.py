@@ -7,7 +7,13 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from pyg_attnpool.datasets.anny_meshes import CHUNK, AnnyMeshes, AnnyModel, smoothstep
+from pyg_attnpool.datasets.anny_meshes import (
+    CHUNK,
+    AnnyMeshes,
+    AnnyModel,
+    sequence_labels,
+    smoothstep,
+)
 from pyg_attnpool.mesh.qem import decimate
 
 # Part of every stored file: raised with every change of the meshes made here, which those of
@@ -306,22 +312,16 @@ class AnnyBodies(AnnyMeshes):
         seed: int = 0,
         transform: Callable | None = None,
     ):
-        if frames < 1 or seed < 0:
-            raise ValueError(
-                f"Expected positive 'frames' and a 'seed' of at least 0 (got {frames} and {seed})"
-            )
-        subjects = [f"{s:02d}{'mf'[s % 2]}" for s in range(NUM_SUBJECTS)]
-        sequences = [(s, motion) for s in subjects for motion in MOTIONS]
         super().__init__(
             root,
-            f"anny_bodies_frames{frames}_seed{seed}",
-            {"generator": GENERATOR, "frames": frames, "seed": seed},
+            "anny_bodies",
+            GENERATOR,
+            {"frames": frames},
+            seed,
             lambda folder: _Bodies(folder, frames, seed),
-            {
-                "subject": [s for s, _ in sequences for _ in range(frames)],
-                "expression": [m for _, m in sequences for _ in range(frames)],
-                "frame": [i for _ in sequences for i in range(frames)],
-            },
+            sequence_labels(
+                [f"{s:02d}{'mf'[s % 2]}" for s in range(NUM_SUBJECTS)], list(MOTIONS), frames
+            ),
             transform,
         )
 

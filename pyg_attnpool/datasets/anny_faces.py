@@ -6,7 +6,12 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.datasets.anny_meshes import AnnyMeshes, AnnyModel, smoothstep
+from pyg_attnpool.datasets.anny_meshes import (
+    AnnyMeshes,
+    AnnyModel,
+    sequence_labels,
+    smoothstep,
+)
 
 # Part of every stored file: raised with every change of the meshes made here.
 GENERATOR = 1
@@ -127,21 +132,14 @@ class AnnyFaces(AnnyMeshes):
         seed: int = 0,
         transform: Callable | None = None,
     ):
-        if frames < 1 or seed < 0:
-            raise ValueError(
-                f"Expected positive 'frames' and a 'seed' of at least 0 (got {frames} and {seed})"
-            )
-        sequences = [(f"{s:02d}", e) for s in range(NUM_SUBJECTS) for e in EXPRESSIONS]
         super().__init__(
             root,
-            f"anny_faces_frames{frames}_seed{seed}",
-            {"generator": GENERATOR, "frames": frames, "seed": seed},
+            "anny_faces",
+            GENERATOR,
+            {"frames": frames},
+            seed,
             lambda folder: _Faces(folder, frames, seed),
-            {
-                "subject": [s for s, _ in sequences for _ in range(frames)],
-                "expression": [e for _, e in sequences for _ in range(frames)],
-                "frame": [i for _ in sequences for i in range(frames)],
-            },
+            sequence_labels([f"{s:02d}" for s in range(NUM_SUBJECTS)], list(EXPRESSIONS), frames),
             transform,
             mapped=False,
         )

@@ -88,14 +88,12 @@ class AnnyHands(AnnyMeshes):
         seed: int = 0,
         transform: Callable | None = None,
     ):
-        if meshes < 1 or seed < 0:
-            raise ValueError(
-                f"Expected positive 'meshes' and a 'seed' of at least 0 (got {meshes} and {seed})"
-            )
         super().__init__(
             root,
-            f"anny_hands_meshes{meshes}_seed{seed}",
-            {"generator": GENERATOR, "meshes": meshes, "seed": seed},
+            "anny_hands",
+            GENERATOR,
+            {"meshes": meshes},
+            seed,
             lambda folder: _Hands(folder, meshes, seed),
             {},
             transform,

@@ -25,34 +25,46 @@ class AnnyMeshes(MeshDataset):
 
     Args:
         root (str or Path): The folder to store the data set in.
-        name (str): The name of the files, without suffix.
-        settings (dict): The version of the generator and all parameters that decide the content.
+        kind (str): What the names of its files begin with.
+        generator (int): The version of the generator.
+        size (dict): The number of meshes, or of meshes per sequence, by its name.
+        seed (int): Seed of everything random.
         source (callable): Returns the source of the blocks, given a folder for temporary files.
         labels (dict): As in :class:`MeshDataset`.
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
         mapped (bool, optional): As in :meth:`~pyg_attnpool.datasets.stored.stored`.
             (default: :obj:`True`)
+
+    Raises:
+        ValueError: If :obj:`size` is not positive or :obj:`seed` negative.
     """
 
     def __init__(
         self,
         root: str | Path,
-        name: str,
-        settings: dict[str, int],
+        kind: str,
+        generator: int,
+        size: dict[str, int],
+        seed: int,
         source: Callable[[Path], Source],
         labels: dict[str, Sequence[Any]],
         transform: Callable | None = None,
         mapped: bool = True,
     ):
+        ((name, number),) = size.items()
+        if number < 1 or seed < 0:
+            raise ValueError(
+                f"Expected positive '{name}' and a 'seed' of at least 0 (got {number} and {seed})"
+            )
         root = Path(root).expanduser()
-        path = root / "processed" / f"{name}.npz"
+        path = root / "processed" / f"{kind}_{name}{number}_seed{seed}.npz"
         # A block is little work: where cores are shared, more threads take three times as long.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             arrays = stored(
                 path,
-                settings,
+                {"generator": generator, **size, "seed": seed},
                 lambda: source(path.parent),
                 f"Making {type(self).__name__.removeprefix('Anny').lower()}",
                 mapped=mapped,
@@ -63,6 +75,19 @@ class AnnyMeshes(MeshDataset):
         super().__init__(
             vertices, (arrays["template"], arrays["faces"]), labels, str(root), transform
         )
+
+
+def sequence_labels(
+    subjects: Sequence[str], expressions: Sequence[str], frames: int
+) -> dict[str, list[Any]]:
+    r"""Subject, expression and frame of every mesh, where every subject has a sequence of every
+    expression."""
+    every = [(s, e, i) for s in subjects for e in expressions for i in range(frames)]
+    return {
+        "subject": [s for s, _, _ in every],
+        "expression": [e for _, e, _ in every],
+        "frame": [i for _, _, i in every],
+    }
 
 
 class AnnyModel:
