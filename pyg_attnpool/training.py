@@ -1,6 +1,8 @@
 r"""Training of mesh autoencoders with PyTorch Lightning (extra :obj:`train`)."""
 
 import ctypes
+import gc
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -277,12 +279,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 def keep_freed_memory():
     r"""Lets the C library keep what a training step frees, on Linux: the next step needs it again,
-    and the system would clear every page of it first."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
+    and the system would clear every page of it first. What is free now is given back, lest one
+    training after another adds the gaps that it left."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # that of GNU
+        gc.collect()
+        libc.malloc_trim(0)
         trim_threshold, mmap_threshold = -1, -3
-        mallopt(trim_threshold, 1 << 30)
-        mallopt(mmap_threshold, 1 << 25)
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(mmap_threshold, 1 << 25)
 
 
 class _ProgressBar(TQDMProgressBar):

@@ -1,4 +1,7 @@
+import ctypes
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -139,6 +142,34 @@ def test_evaluate_counts_living_latent_channels():
     assert evaluate(pca, x)["alive"] >= 2
     pca.components[1:] = 0
     assert evaluate(pca, x)["alive"] == 1
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
+    reason="needs the GNU C library",
+)
+def test_freed_memory_is_kept_until_the_next_training():
+    script = """
+from pathlib import Path
+import torch
+from pyg_attnpool.training import keep_freed_memory
+
+def used():
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
+    return int(line.split()[1]) >> 10
+
+keep_freed_memory()
+before = used()
+kept = [(torch.ones(1 << 18), torch.ones(64)) for _ in range(200)]  # 1 MiB, and what stays
+kept = [small for _, small in kept]
+print(before, used())
+keep_freed_memory()
+print(used())
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    before, freed, trimmed = map(int, result.stdout.split())
+    assert freed - before > 150 and trimmed - before < 50
 
 
 def test_epochs_visit_every_mesh_once_in_new_order():
