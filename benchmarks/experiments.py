@@ -382,10 +382,9 @@ def _trained(
             yield futures[future], future.result()
     finally:
         # After an error nobody waits for what the others train; a resumed sweep goes on with it.
-        pool.shutdown(wait=False, cancel_futures=True)
         for child in multiprocessing.active_children():
             child.kill()  # a signal that Lightning does not catch
-            child.join()
+        pool.shutdown(cancel_futures=True)
 
 
 # What a process that trains beside others has opened: the same files, mapped to memory.
