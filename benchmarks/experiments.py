@@ -5,7 +5,6 @@ import csv
 import hashlib
 import io
 import json
-import logging
 import multiprocessing
 import os
 import shutil
@@ -42,7 +41,7 @@ from pyg_attnpool.datasets import (
 from pyg_attnpool.files import replacing
 from pyg_attnpool.mesh import decimate
 from pyg_attnpool.models import PCA, MeshAutoencoder, coma, neural3dmm
-from pyg_attnpool.training import evaluate, fit
+from pyg_attnpool.training import evaluate, fit, quiet_lightning
 
 BATCH_SIZE = 16
 RESIDENT = 8 << 30  # bytes of training meshes beyond which they are read while training
@@ -396,18 +395,13 @@ def _begin(options: Options, threads: int):
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     torch.set_num_threads(threads)
-    _quiet()
+    quiet_lightning()
     sys.stdout = open(os.devnull, "w")  # bars of several trainings would overwrite each other
     _meshes.update((name, Meshes(name, options)) for name in options.data)
 
 
 def _train_here(run: Run, folder: Path, device: str, resume: bool) -> dict[str, Any]:
     return _train(run, _meshes[run["data"]], folder, device, resume)
-
-
-def _quiet():
-    # Which devices there are and what else Lightning sells is not what this sweep is about.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 
 
 def _num_parameters(model: torch.nn.Module) -> int:
@@ -506,7 +500,7 @@ def sweep(experiment: Experiment, options: Options) -> "dict[str, Results]":
         ValueError: If options do not fit each other, or there are results of other settings.
     """
     _check(options)
-    _quiet()
+    quiet_lightning()
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -4,7 +4,6 @@ dependencies and PyTorch Lightning: the speed scripts, the search against `torch
 said in the tables."""
 
 import copy
-import logging
 import sys
 import tempfile
 import time
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from pyg_attnpool.models import coma
 from pyg_attnpool.ops.attention import cosine_topk
-from pyg_attnpool.training import evaluate, fit
+from pyg_attnpool.training import evaluate, fit, quiet_lightning
 
 
 def search(num_query: int, num_key: int, device: str, channels: int = 21, k: int = 32):
@@ -77,7 +76,7 @@ def train(num_meshes: int, num_vertices: int, precision: str, epochs: int, devic
 
 
 def main(output: Path = measure.RESULTS):
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
     tables = {"Search": [search(100_000, 25_000, "cuda")]}
     print(tables, flush=True)
     # COMA's number of meshes and vertices.

@@ -1,7 +1,6 @@
 r"""How many rows of the attention layers' score matrices a real training run searches: those whose
 largest cosines the candidates of earlier steps do not prove."""
 
-import logging
 import tempfile
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from pyg_attnpool import MeshHierarchy
 from pyg_attnpool.comparison import SHARPENING
 from pyg_attnpool.datasets import AnnyFaces
 from pyg_attnpool.models import coma
-from pyg_attnpool.training import fit
+from pyg_attnpool.training import fit, quiet_lightning
 
 # The paper's variant of the layer with its recipe, and the one that starts better with the other.
 RUNS = {
@@ -41,7 +40,7 @@ def main(
         seed: Of parameters and the order of the meshes.
         output: Folder of the results.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
     dataset = AnnyFaces(Path("data") / "AnnyFaces", frames=frames)
     train, val, _ = (dataset.vertices[index] for index in dataset.split("interpolation"))
     hierarchy = MeshHierarchy.from_template(dataset.template)

@@ -5,7 +5,6 @@ and after training.
 Roughness is the Rayleigh quotient of the symmetrically normalised Laplacian of the target level:
 0 for features that do not vary, 1 for white noise, 2 at most."""
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from torch_geometric.utils import get_laplacian
 
 from pyg_attnpool import Mapping
 from pyg_attnpool.models import MeshAutoencoder, coma
-from pyg_attnpool.training import evaluate, fit
+from pyg_attnpool.training import evaluate, fit, quiet_lightning
 
 NOTES = (
     "Layers are named by the vertices that they map from and to. Roughness is the Rayleigh "
@@ -75,7 +74,7 @@ def main(
         seed: Of parameters and the order of the meshes.
         output: Folder of the results.
     """
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
     meshes = Meshes(data, Options(root=root))
     train, val, test = meshes.split()
     found, errors = [], []

@@ -5,8 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
-import experiments
 import measure
+from experiments import Experiment, Meshes, Options, Setting, spectral, sweep
 
 
 def main(
@@ -21,17 +21,17 @@ def main(
     Args:
         data: Faces, bodies or hands.
         jobs: Numbers of trainings side by side.
-        steps: Steps of a training.
+        steps: Steps of a training, to be rounded up to whole epochs.
         device: Cpu or cuda.
         output: Folder of the results.
     """
-    table = {"attention": {"error": experiments.Setting(experiments.spectral("attention"))}}
-    experiment = experiments.Experiment("side_by_side", "Four trainings", table)
-    experiments.Meshes(data, experiments.Options())  # made once, which is not to be timed
+    table = {"attention": {"error": Setting(spectral("attention"))}}
+    experiment = Experiment("side_by_side", "Four trainings", table)
+    Meshes(data, Options())  # made once, which is not to be timed
     rows = []
     for number in jobs:
         with tempfile.TemporaryDirectory() as folder:
-            options = experiments.Options(
+            options = Options(
                 data=(data,),
                 seeds=(0, 1, 2, 3),
                 steps=steps,
@@ -40,7 +40,7 @@ def main(
                 output=Path(folder),
             )
             start = time.perf_counter()
-            found = experiments.sweep(experiment, options)[data]["attention"]["error"]
+            found = sweep(experiment, options)[data]["attention"]["error"]
             rows.append({"jobs": number, "seconds": time.perf_counter() - start})
             rows[-1]["times faster"] = rows[0]["seconds"] / rows[-1]["seconds"]
             # Sums of other numbers of threads round otherwise, and no more may differ.

@@ -3,7 +3,6 @@ same meshes for the same steps from the same seed, and compared on meshes they h
 (extras :obj:`train` and :obj:`viz`)."""
 
 import csv
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from pyg_attnpool.export import freeze_attention
 from pyg_attnpool.files import replacing
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models import PCA, MeshAutoencoder
-from pyg_attnpool.training import evaluate, fit
+from pyg_attnpool.training import evaluate, fit, quiet_lightning
 from pyg_attnpool.visualize import plot_reconstructions
 
 # The attention of the fast recipe. The first receptive fields are the nearest vertices, and their
@@ -86,8 +85,7 @@ def compare(
         recipe (str): The published recipe of this kind of model.
         epochs (int): The published number of epochs.
     """
-    # Which devices there are and what else Lightning sells is not what this run is about.
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    quiet_lightning()
 
     output = Path("runs") / name if options.output is None else options.output
     if options.data is None:

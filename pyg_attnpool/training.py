@@ -2,6 +2,7 @@ r"""Training of mesh autoencoders with PyTorch Lightning (extra :obj:`train`).""
 
 import ctypes
 import gc
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -275,6 +276,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"Expected a training checkpoint in {path} (got something else)")
     return checkpoint
+
+
+def quiet_lightning():
+    r"""Spares a script Lightning's lines on which devices there are and what else it sells."""
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
 
 
 def keep_freed_memory():
