@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.models import coma
-from pyg_attnpool.ops.attention import cosine_topk
+from pyg_attnpool.ops.search import cosine_topk
 from pyg_attnpool.training import evaluate, fit, quiet_lightning
 
 

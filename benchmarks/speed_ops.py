@@ -22,8 +22,8 @@ from torch_geometric.nn import MessagePassing
 
 from pyg_attnpool import AttentionUnpool
 from pyg_attnpool.ops import reference
-from pyg_attnpool.ops.attention import cosine_topk
-from pyg_attnpool.ops.gather import apply_mapping, sddmm
+from pyg_attnpool.ops.search import cosine_topk
+from pyg_attnpool.ops.sparse import apply_mapping, sddmm
 
 SIZES = {
     "hand": (1_193, 299),

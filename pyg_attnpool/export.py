@@ -10,7 +10,7 @@ from torch.nn import Module
 
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
-from pyg_attnpool.ops import convolution
+from pyg_attnpool.ops import cheb, spiral
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
@@ -152,8 +152,8 @@ def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
         ).run_decompositions(
             {
                 torch.ops.pyg_attnpool.spmm.default: spmm,
-                torch.ops.pyg_attnpool.cheb_conv.default: convolution._cheb_conv.composed,
-                torch.ops.pyg_attnpool.spiral_conv.default: convolution._spiral_conv.composed,
+                torch.ops.pyg_attnpool.cheb_conv.default: cheb._cheb_conv.composed,
+                torch.ops.pyg_attnpool.spiral_conv.default: spiral._spiral_conv.composed,
             }
         )
     # What only a backward pass reads, such as transposed patterns, would be most of the file. The

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyg_attnpool.ops.gather import apply_mapping, fuse_slots
+from pyg_attnpool.ops.adjacency import pool_adjacency
+from pyg_attnpool.ops.sparse import apply_mapping, fuse_slots
 
 
 class Mapping:
@@ -292,89 +293,3 @@ def _check_matrix(size) -> tuple[int, int]:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"Expected a matrix of shape [num_target, num_source] (got {list(size)})")
     return int(size[0]), int(size[1])
-
-
-def pool_adjacency(
-    row: Tensor,
-    col: Tensor,
-    weight: Tensor,
-    size: tuple[int, int],
-    edge_index: Tensor,
-    edge_weight: Tensor | None = None,
-    remove_self_loops: bool = False,
-) -> tuple[Tensor, Tensor]:
-    r"""As :meth:`Mapping.pool_edges`, with the matrix given by its entries.
-
-    Args:
-        row (torch.Tensor): Target vertex of every entry.
-        col (torch.Tensor): Source vertex of every entry.
-        weight (torch.Tensor): Value of every entry.
-        size (tuple): The numbers of target and source vertices.
-        edge_index (torch.Tensor): As in :meth:`Mapping.pool_edges`.
-        edge_weight (torch.Tensor, optional): As in :meth:`Mapping.pool_edges`.
-            (default: :obj:`None`)
-        remove_self_loops (bool, optional): As in :meth:`Mapping.pool_edges`.
-            (default: :obj:`False`)
-    """
-    num_target, num_source = size
-    if edge_weight is None:
-        edge_weight = weight.new_ones(edge_index.size(-1))
-    _check_edges(edge_index, edge_weight, num_source)
-    weight = weight.to(edge_weight.dtype)
-
-    source, order = edge_index[0].long().sort()
-    adjacency = source, edge_index[1].long()[order], edge_weight[order]
-    product = _multiply((row, col, weight), adjacency, num_source, num_source)
-    col, order = col.sort()
-    transposed = col, row[order], weight[order]
-    row, col, value = _multiply(product, transposed, num_source, num_target)
-
-    if remove_self_loops:
-        kept = row != col
-        row, col, value = row[kept], col[kept], value[kept]
-    return torch.stack([row, col]), value
-
-
-def _check_edges(edge_index: Tensor, edge_weight: Tensor, num_nodes: int):
-    if edge_index.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"Expected 'edge_index' to be a long tensor (got {edge_index.dtype})")
-    if not edge_weight.is_floating_point():
-        raise TypeError(
-            f"Expected 'edge_weight' to be a floating point tensor (got {edge_weight.dtype})"
-        )
-    if edge_index.dim() != 2 or edge_index.size(0) != 2:
-        raise ValueError(f"Expected 'edge_index' of shape [2, E] (got {list(edge_index.shape)})")
-    if edge_weight.shape != edge_index.shape[1:]:
-        raise ValueError(
-            f"Expected 'edge_weight' of shape [{edge_index.size(1)}] "
-            f"(got {list(edge_weight.shape)})"
-        )
-    if edge_index.numel() > 0:
-        low, high = int(edge_index.min()), int(edge_index.max())
-        if low < 0 or high >= num_nodes:
-            raise ValueError(
-                f"Expected edges between vertices 0 to {num_nodes - 1} (got {low} to {high})"
-            )
-
-
-def _multiply(
-    a: tuple[Tensor, Tensor, Tensor],
-    b: tuple[Tensor, Tensor, Tensor],
-    num_inner: int,
-    num_cols: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    # The product of two sparse matrices given by row, column and value, the second one sorted by
-    # row. The sparse product of torch has no second derivative, no half precision and a backward
-    # pass several times slower.
-    (a_row, a_col, a_value), (b_row, b_col, b_value) = a, b
-    count = torch.bincount(b_row, minlength=num_inner)
-    start = count.cumsum(0) - count
-    count, start = count[a_col], start[a_col]  # the entries of the second that each one meets
-    left = torch.arange(a_col.numel(), device=a_col.device).repeat_interleave(count)
-    place = torch.arange(left.numel(), device=left.device) - (count.cumsum(0) - count)[left]
-    right = start[left] + place
-    entry, slot = (a_row[left] * num_cols + b_col[right]).unique(return_inverse=True)
-    product = a_value[left] * b_value[right]
-    value = product.new_zeros(entry.numel()).index_add(0, slot, product)
-    row = torch.div(entry, num_cols, rounding_mode="floor")
-    return row, entry - row * num_cols, value

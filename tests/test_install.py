@@ -47,7 +47,7 @@ def export():
     export_onnx(torch.nn.Linear(3, 3), x, "model.onnx")
 
 def tgp():
-    import pyg_attnpool.tgp
+    import pyg_attnpool.integrations.tgp
 
 for use, package, line in [
     (sparse, "torch_sparse", "pip install torch_scatter torch_sparse --no-build-isolation"),

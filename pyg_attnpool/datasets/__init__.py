@@ -1,6 +1,6 @@
-from pyg_attnpool.datasets.anny_bodies import AnnyBodies
-from pyg_attnpool.datasets.anny_faces import AnnyFaces
-from pyg_attnpool.datasets.anny_hands import AnnyHands
+from pyg_attnpool.datasets.anny.bodies import AnnyBodies
+from pyg_attnpool.datasets.anny.faces import AnnyFaces
+from pyg_attnpool.datasets.anny.hands import AnnyHands
 from pyg_attnpool.datasets.coma import CoMA
 from pyg_attnpool.datasets.dynamic_faust import DynamicFAUST
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset, Split

@@ -7,8 +7,11 @@ from torch.nn import Parameter
 
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.nn.mapping_pool import MappingPool, MatrixProtocol
-from pyg_attnpool.ops.attention import Search, attention, cosine_at, cosine_topk, dense_attention
-from pyg_attnpool.ops.gather import Pattern, at_least_single, fuse_slots, map_rows, on_rows
+from pyg_attnpool.ops.attention import attention, cosine_at, dense_attention
+from pyg_attnpool.ops.backend import at_least_single
+from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.search import Search, cosine_topk
+from pyg_attnpool.ops.sparse import Pattern, fuse_slots, map_rows
 
 
 class _AttentionMapping(MatrixProtocol, torch.nn.Module):
@@ -246,7 +249,7 @@ class AttentionPool(_AttentionMapping):
     training, :meth:`freeze` leaves a fixed sparse matrix.
 
     From call to call the search for the closest keys remembers what it has found
-    (:class:`~pyg_attnpool.ops.attention.Search`), which changes no result. With
+    (:class:`~pyg_attnpool.ops.search.Search`), which changes no result. With
     :obj:`layer.search = None` every call searches in full.
 
     Args:

@@ -5,8 +5,8 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.ops.convolution import cheb_conv
-from pyg_attnpool.ops.gather import on_rows
+from pyg_attnpool.ops.cheb import cheb_conv
+from pyg_attnpool.ops.layout import on_rows
 
 
 class StaticChebConv(torch.nn.Module):

@@ -10,7 +10,8 @@ from torch_geometric.nn.inits import glorot
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.ops.gather import ell_rowptr, map_rows, on_rows, transpose
+from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.sparse import ell_rowptr, map_rows, transpose
 
 
 class FullPool(torch.nn.Module):

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.ops.gather import ell_rowptr, map_rows, on_rows, transpose
+from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.sparse import ell_rowptr, map_rows, transpose
 
 
 class MatrixProtocol:

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.dense.linear import Linear
 
-from pyg_attnpool.ops.convolution import spiral_conv, spiral_pattern
-from pyg_attnpool.ops.gather import on_rows
+from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
 PATTERN = ("spirals", "rowptr", "col", "slot", "rowptr_t", "col_t", "slot_t")
 

@@ -5,7 +5,8 @@ from torch.testing import assert_close
 
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as ops
-from pyg_attnpool.ops.gather import ell_rowptr, transpose
+from pyg_attnpool.ops.search import cosine_topk
+from pyg_attnpool.ops.sparse import ell_rowptr, transpose
 
 # number of queries, keys, channels, k
 SIZES = [(1, 1, 1, 1), (7, 5, 3, 1), (13, 29, 5, 4), (31, 17, 21, 17), (50, 101, 8, 33)]
@@ -37,7 +38,7 @@ def test_topk_equals_reference(sizes, device):
     num_query, num_key, channels, k = sizes
     query = leaf(num_query, channels, device=device)
     key = leaf(num_key, channels, device=device)
-    assert torch.equal(ops.cosine_topk(query, key, k), reference.cosine_topk(query, key, k)[1])
+    assert torch.equal(cosine_topk(query, key, k), reference.cosine_topk(query, key, k)[1])
 
 
 @pytest.mark.parametrize("tile", [1, 29, 30, 58, 100, 29 * 13 - 1, 29 * 13])
@@ -45,14 +46,14 @@ def test_topk_does_not_depend_on_the_tiles(tile, device, monkeypatch):
     query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
     expected = reference.cosine_topk(query, key, 4)[1]
     monkeypatch.setattr(ops, "TILE", tile)
-    assert torch.equal(ops.cosine_topk(query, key, 4), expected)
+    assert torch.equal(cosine_topk(query, key, 4), expected)
 
 
 @pytest.mark.parametrize("dtype,slack", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
 def test_topk_in_low_precision_is_within_rounding_of_the_best(dtype, slack, device):
     query = leaf(37, 21, device=device, dtype=dtype)
     key = leaf(83, 21, device=device, dtype=dtype)
-    index = ops.cosine_topk(query, key, 9)
+    index = cosine_topk(query, key, 9)
     assert all(row.unique().numel() == 9 for row in index)
     score = torch.cosine_similarity(query.double()[:, None], key.double()[index], dim=-1)
     best, _ = reference.cosine_topk(query.double(), key.double(), 9)
@@ -71,7 +72,7 @@ def test_ties_go_to_the_lower_index(device):
     ]
     query = torch.stack([row for row, _ in table])
     for k in range(1, 8):
-        assert ops.cosine_topk(query, key, k).tolist() == [order[:k] for _, order in table]
+        assert cosine_topk(query, key, k).tolist() == [order[:k] for _, order in table]
 
 
 def test_many_ties_equal_reference(device):
@@ -80,13 +81,13 @@ def test_many_ties_equal_reference(device):
     key = torch.eye(2, dtype=torch.float64, device=device)[torch.randint(2, (57,), device=device)]
     for k in (1, 2, 30, 56, 57):
         expected = reference.cosine_topk(query, key, k)[1]
-        assert torch.equal(ops.cosine_topk(query, key, k), expected)
+        assert torch.equal(cosine_topk(query, key, k), expected)
 
 
 def test_zero_vectors_score_zero(device):
     query = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)
     key = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]], device=device)
-    assert ops.cosine_topk(query, key, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
+    assert cosine_topk(query, key, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
     index, weight, _ = ops.attention(query, key, 2)
     assert torch.equal(to_dense(index, weight, 3), reference.attention(query, key, 2))
     assert weight.tolist() == [[0.5, 0.5], [1.0, pytest.approx(0)]]

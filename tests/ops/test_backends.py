@@ -26,7 +26,8 @@ from pyg_attnpool import (
 )
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as attention_ops
-from pyg_attnpool.ops.gather import sddmm, spmm, transpose
+from pyg_attnpool.ops.search import Search, cosine_topk
+from pyg_attnpool.ops.sparse import sddmm, spmm, transpose
 
 PACKAGE = Path(pyg_attnpool.__file__).parent
 # What a processor of each capability can run.
@@ -190,11 +191,11 @@ def test_topk(backend, dtype, channels, called):
     for num_query, num_key, k in [(1, 1, 1), (5, 3, 2), (37, 200, 2), (20, 130, 33), (9, 65, 65)]:
         query, key = torch.randn(num_query, channels), torch.randn(num_key, channels)
         query, key = query.to(dtype), key.to(dtype)
-        search = attention_ops.Search(num_query, num_key, channels, k, dtype)
+        search = Search(num_query, num_key, channels, k, dtype)
         for _ in range(3):
             wanted, order = reference.cosine_topk(query.double(), key.double(), num_key)
             index, score = search(query, key, k)
-            assert torch.equal(index, attention_ops.cosine_topk(query, key, k))
+            assert torch.equal(index, cosine_topk(query, key, k))
             assert_close(score.double(), wanted[:, :k], rtol=0, atol=slack)
             gap = -wanted.diff(dim=1, append=wanted.new_full((num_query, 1), -9))[:, :k]
             clear = (gap > slack).all(dim=1)
@@ -209,7 +210,7 @@ def test_ties_go_to_the_lower_index(backend):
     axes = torch.eye(3).double()
     key = axes[torch.arange(60) % 3]
     for k in (1, 7, 20, 21, 60):
-        for i, row in enumerate(attention_ops.cosine_topk(axes, key, k).tolist()):
+        for i, row in enumerate(cosine_topk(axes, key, k).tolist()):
             same = [j for j in range(60) if j % 3 == i]
             assert row == (same + [j for j in range(60) if j % 3 != i])[:k]
 

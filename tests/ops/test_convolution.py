@@ -11,7 +11,8 @@ from torch.testing import assert_close
 
 from pyg_attnpool import AttentionPool, Mapping, MappingPool, SpiralConv, StaticChebConv
 from pyg_attnpool.ops import _cpu, reference
-from pyg_attnpool.ops.convolution import cheb_conv, spiral_conv, spiral_pattern
+from pyg_attnpool.ops.cheb import cheb_conv
+from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
 BATCHES = [1, 3, 5, 16, 17]
 WIDTHS = [1, 3, 5, 8, 16, 18, 33]

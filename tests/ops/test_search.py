@@ -19,6 +19,7 @@ from torch.testing import assert_close
 from pyg_attnpool import AttentionPool, AttentionUnpool
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as ops
+from pyg_attnpool.ops.search import Search, cosine_topk
 
 needs_library = pytest.mark.skipif(
     not _cpu.AVAILABLE, reason="only the compiled operations remember a search"
@@ -63,7 +64,7 @@ def assert_layer_exact(layer):
     reference finds in double precision, where gaps exceed rounding."""
     index = learned(layer)
     query, key = layer.query.detach(), layer.key.detach()
-    assert torch.equal(index, ops.cosine_topk(query, key, layer.k))
+    assert torch.equal(index, cosine_topk(query, key, layer.k))
     score, wanted = reference.cosine_topk(query.double(), key.double(), layer.num_source)
     gap = -score.diff(dim=1, append=score.new_full((score.size(0), 1), -9))[:, : layer.k]
     clear = (gap > 1e-5).all(dim=1)
@@ -128,7 +129,7 @@ def check_walk(sizes, dtype, kind, steps):
     num_query, num_key, channels, k = sizes
     query = torch.randn(num_query, channels, dtype=dtype)
     key = torch.randn(num_key, channels, dtype=dtype)
-    search = ops.Search(num_query, num_key, channels, k, dtype)
+    search = Search(num_query, num_key, channels, k, dtype)
     for step in range(steps):
         assert_exact(search(query, key, k), query, key, k)
         # Sometimes only one of the two moves.
@@ -141,7 +142,7 @@ def test_steps_that_add_up_are_noticed(dtype):
     # Each step is far below what changes a result; 3000 of them change most.
     query, key = torch.randn(20, 3, dtype=dtype), torch.randn(200, 3, dtype=dtype)
     towards = torch.randn_like(key) * 1e-3
-    search = ops.Search(20, 200, 3, 2, dtype)
+    search = Search(20, 200, 3, 2, dtype)
     first = search(query, key, 2)[0]
     for step in range(3000):
         key += towards
@@ -158,7 +159,7 @@ def test_steps_that_add_up_are_noticed(dtype):
 def test_keys_that_close_in_as_fast_as_they_can(k):
     # Angles on a circle: the answer is known, and nothing can come closer within the bound.
     near, far = torch.arange(1, 21).double() * 0.01, torch.arange(1, 101).double() * 0.01 + 0.5
-    search = ops.Search(1, 120, 2, k, torch.float64)
+    search = Search(1, 120, 2, k, torch.float64)
     shares = []
     for step in range(100):
         turn = step * 0.004
@@ -230,7 +231,7 @@ def test_training(optimiser, kwargs):
 @pytest.mark.parametrize("k", [1, 2, 8, 16, 31])
 def test_duplicated_keys(dtype, k):
     # Every key stands there many times, so that ties reach over k and over the candidates.
-    search = ops.Search(30, 96, 3, k, dtype)
+    search = Search(30, 96, 3, k, dtype)
     query, few = torch.randn(30, 3, dtype=dtype), torch.randn(4, 3, dtype=dtype)
     for _ in range(10):
         assert_exact(search(query, few[torch.arange(96) % 4], k), query, few.repeat(24, 1), k)
@@ -241,7 +242,7 @@ def test_duplicated_keys(dtype, k):
 @pytest.mark.parametrize("k", [1, 2, 40])
 def test_all_keys_equal_find_the_first(dtype, k):
     query, one = torch.randn(20, 5, dtype=dtype), torch.randn(1, 5, dtype=dtype)
-    search = ops.Search(20, 77, 5, k, dtype)
+    search = Search(20, 77, 5, k, dtype)
     for _ in range(6):
         index, score = search(query, one.expand(77, 5), k)
         if _cpu.AVAILABLE:  # a matrix product may round equal columns differently
@@ -255,7 +256,7 @@ def test_all_keys_equal_find_the_first(dtype, k):
 def test_keys_one_rounding_apart(dtype):
     # Which of them is first changes with the last digit, from step to step.
     query, one = torch.randn(20, 7, dtype=dtype), torch.randn(1, 7, dtype=dtype)
-    search = ops.Search(20, 90, 7, 3, dtype)
+    search = Search(20, 90, 7, 3, dtype)
     orders = set()
     for _ in range(20):
         up = torch.rand(90, 7) < 0.5
@@ -273,7 +274,7 @@ def test_scores_tied_at_the_last_kept(dtype):
     key[:10, 0], key[10:, 1] = -1, 1
     key[5] = torch.tensor([1.0, 0, 0, 0])
     query = torch.tensor([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, 1, 0, 0]], dtype=dtype)
-    search = ops.Search(3, 70, 4, 4, dtype)
+    search = Search(3, 70, 4, 4, dtype)
     wanted = [[5, 10, 11, 12], [0, 1, 2, 3], [10, 11, 12, 13]]
     assert search(query, key, 4)[0].tolist() == wanted
     assert search(query, key, 4)[0].tolist() == wanted
@@ -293,7 +294,7 @@ def test_keys_on_the_edge_of_the_bound(slip):
     # What is outside comes as far as the k-th candidate, less or more by `slip`.
     angle = torch.cat([torch.linspace(0.1, 0.4, 16), torch.linspace(0.7, 1.5, 20)]).double()
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    search = ops.Search(1, 36, 2, 2, torch.float64)
+    search = Search(1, 36, 2, 2, torch.float64)
 
     def check(angle):
         key = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -315,7 +316,7 @@ def test_keys_on_the_edge_of_the_bound(slip):
 
 def test_zero_vectors_come_and_go():
     query, key = torch.randn(40, 4), torch.randn(90, 4)
-    search = ops.Search(40, 90, 4, 3)
+    search = Search(40, 90, 4, 3)
     for step in range(12):
         q, other = query.clone(), key.clone()
         q[step % 4 :: 4] = 0
@@ -335,7 +336,7 @@ def test_zero_vectors_come_and_go():
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e-13, 1e-12, 1e-11, 1e15, 1e20])
 def test_long_and_short_vectors(scale, dtype):
     query, key = torch.randn(40, 4, dtype=dtype), torch.randn(90, 4, dtype=dtype)
-    search = ops.Search(40, 90, 4, 3, dtype)
+    search = Search(40, 90, 4, 3, dtype)
     for step in range(8):
         q, other = query.clone(), key.clone()
         q[step % 4 :: 4] *= scale
@@ -352,7 +353,7 @@ def test_vectors_too_short_to_be_normalised_grow(scale, grown):
     angle = torch.cat([torch.linspace(0.3, 0.5, 20), torch.linspace(0.01, 0.1, 20)]).double()
     key = torch.stack([angle.cos(), angle.sin()], dim=1)
     query = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    search = ops.Search(1, 40, 2, 2, torch.float64)
+    search = Search(1, 40, 2, 2, torch.float64)
     key[20:] *= scale
     for _ in range(2):
         found = search(query, key, 2)
@@ -373,7 +374,7 @@ def test_vectors_too_short_to_be_normalised_grow(scale, grown):
 
 def test_length_alone_changes_nothing():
     query, key = torch.randn(40, 4), torch.randn(90, 4)
-    search = ops.Search(40, 90, 4, 3)
+    search = Search(40, 90, 4, 3)
     first = search(query, key, 3)
     for power in (-20, -3, 5, 30):  # of two: exact
         index, score = search(query * 2.0**power, key * 2.0**-power, 3)
@@ -384,7 +385,7 @@ def test_length_alone_changes_nothing():
 
 def test_signs_flip():
     query, key = torch.randn(40, 4), torch.randn(90, 4)
-    search = ops.Search(40, 90, 4, 3)
+    search = Search(40, 90, 4, 3)
     for step in range(10):
         assert_exact(search(query, key, 3), query, key, 3)
         if step % 3 == 0:
@@ -399,7 +400,7 @@ def test_signs_flip():
 @pytest.mark.parametrize("num_key", [90, 10])
 def test_not_a_number_leaves_no_trace(bad, num_key):
     query, key = torch.randn(40, 4), torch.randn(num_key, 4)
-    search = ops.Search(40, num_key, 4, 3)
+    search = Search(40, num_key, 4, 3)
     search(query, key, 3)
     rows = [slice(0, None, 3), slice(None), slice(1, 2), slice(num_key - 1, None)]
     for step in range(8):
@@ -506,7 +507,7 @@ def test_gradients_after_reuse_are_those_of_the_first_call():
 
 @needs_library
 def test_share_of_rows_searched():
-    search = ops.Search(50, 300, 4, 2)
+    search = Search(50, 300, 4, 2)
     query, key = torch.randn(50, 4), torch.randn(300, 4)
     assert search.share == 0
     assert searched(search, query, key, 2)[1] == 1
@@ -533,7 +534,7 @@ def test_share_of_rows_searched():
 
 @needs_library
 def test_where_all_keys_are_candidates_none_is_searched():
-    search = ops.Search(9, 12, 3, 5)
+    search = Search(9, 12, 3, 5)
     query, key = torch.randn(9, 3), torch.randn(12, 3)
     for _ in range(3):
         assert_exact(search(query, key, 5), query, key, 5)
@@ -544,7 +545,7 @@ def test_where_all_keys_are_candidates_none_is_searched():
 @pytest.mark.parametrize("k", [1, 5, 9, 15, 16, 17, 40, 80])
 def test_fewer_or_more_asked_for_than_announced(k):
     query, key = torch.randn(30, 4), torch.randn(80, 4)
-    search = ops.Search(30, 80, 4, 2)
+    search = Search(30, 80, 4, 2)
     for asked in (2, k, 2, k):
         assert_exact(search(query, key, asked), query, key, asked)
         walk("small", query, key)
@@ -563,7 +564,7 @@ def test_a_layer_that_keeps_more_from_now_on():
 def test_other_sizes_than_announced(size):
     # Memory may not be read or written beyond its end: searched in full, or refused.
     def run():
-        search = ops.Search(30, 80, 4, 2)
+        search = Search(30, 80, 4, 2)
         search(torch.randn(30, 4), torch.randn(80, 4), 2)
         query, key = torch.randn(size[0], size[2]), torch.randn(size[1], size[2])
         for _ in range(2):
@@ -583,7 +584,7 @@ def test_what_does_not_fit_together_is_refused(size):
 
     def run():
         with pytest.raises((ValueError, RuntimeError)):
-            ops.cosine_topk(torch.randn(num_query, channels), torch.randn(num_key, other), k)
+            cosine_topk(torch.randn(num_query, channels), torch.randn(num_key, other), k)
 
     assert status_of_child(run) == 0
 
@@ -715,7 +716,7 @@ def test_two_threads_call_one_layer():
 
 
 def test_two_threads_with_other_vectors_share_one_search():
-    search = ops.Search(60, 300, 4, 2)
+    search = Search(60, 300, 4, 2)
 
     def run(seed, kind):
         random = torch.Generator().manual_seed(seed)
@@ -769,7 +770,7 @@ def test_under_no_grad_and_inference_mode():
 
 def test_opcheck():
     query, key = torch.randn(7, 3), torch.randn(40, 3)
-    search = ops.Search(7, 40, 3, 4)
+    search = Search(7, 40, 3, 4)
     state = search.last_query, search.last_key, search.candidates, search.angle, search.searched
     if _cpu.AVAILABLE:
         torch.library.opcheck(torch.ops.pyg_attnpool.topk_again, (query, key, 4, *state))
@@ -783,7 +784,7 @@ def test_nothing_of_the_size_of_all_scores():
     # 1.6 GB, if it were held.
     num = 20_000
     key, query = torch.randn(num, 4), torch.randn(num, 4)
-    search = ops.Search(num, num, 4, 2)
+    search = Search(num, num, 4, 2)
     before = peak_memory()
     for _ in range(2):
         index, score = search(query, key, 2)

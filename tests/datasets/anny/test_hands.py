@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool.datasets import AnnyHands, anny_hands
-from pyg_attnpool.datasets.anny_hands import LIMITS, draw_poses, rotation_vectors
+from pyg_attnpool.datasets import AnnyHands
+from pyg_attnpool.datasets.anny import hands as anny_hands
+from pyg_attnpool.datasets.anny.hands import LIMITS, draw_poses, rotation_vectors
 from pyg_attnpool.mesh.io import check_mesh
 
 pytest.importorskip("anny")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch_geometric.typing import Adj
 
-from pyg_attnpool.mapping import Mapping, pool_adjacency
+from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.ops.adjacency import pool_adjacency
 
 try:
     from tgp.connect import Connect
@@ -24,7 +25,7 @@ try:
     )
 except ImportError as e:
     raise ImportError(
-        "'pyg_attnpool.tgp' requires 'torch-geometric-pool': install it with "
+        "'pyg_attnpool.integrations.tgp' requires 'torch-geometric-pool': install it with "
         '`pip install "pyg_attnpool[tgp]"`'
     ) from e
 

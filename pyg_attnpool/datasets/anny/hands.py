@@ -7,7 +7,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from pyg_attnpool.datasets.anny_meshes import CHUNK, AnnyMeshes, AnnyModel
+from pyg_attnpool.datasets.anny.meshes import CHUNK, AnnyMeshes, AnnyModel
 
 # Part of every stored file: raised with every change of the meshes made here.
 GENERATOR = 1

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool.datasets import AnnyFaces, anny_faces, anny_meshes
+from pyg_attnpool.datasets import AnnyFaces
+from pyg_attnpool.datasets.anny import faces as anny_faces
+from pyg_attnpool.datasets.anny import meshes as anny_meshes
 from pyg_attnpool.mesh.io import check_mesh
 
 pytest.importorskip("anny")

@@ -13,7 +13,6 @@ Neither holds a dense matrix nor one feature row per entry. Both are custom oper
 there is neither, operations of PyTorch take their place.
 """
 
-import importlib.util
 import warnings
 
 import torch
@@ -21,26 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.operator import operator, plain
-
-TRITON = importlib.util.find_spec("triton") is not None
+from pyg_attnpool.ops.backend import at_least_single, on_cpu, on_gpu, operator
+from pyg_attnpool.ops.layout import on_rows
 
 Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col and the entry of the original each came from
-
-
-def on_cpu(tensor: Tensor) -> bool:
-    r"""Whether the compiled operations take the tensor, of which tracing holds no values."""
-    return _cpu.AVAILABLE and tensor.device.type == "cpu" and plain(tensor)
-
-
-def on_gpu(tensor: Tensor) -> bool:
-    r"""Whether the Triton kernels take the tensor."""
-    return TRITON and tensor.device.type == "cuda"
-
-
-def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    r"""The type in which values of half precision are multiplied and summed."""
-    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 @operator("transpose")
@@ -281,39 +264,6 @@ def sddmm(
         One value per entry :obj:`[E]`.
     """
     return _sddmm(rowptr, col, a, b, *(transposed or (None, None, None)))
-
-
-def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
-    r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B, F]`.
-
-    The batch lies beside the channels there, so that one sparse product serves all samples. The
-    result is a view in the caller's layout, and the next call takes that view without a copy.
-
-    Args:
-        x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]`, or a mini-batch
-            :obj:`[B * N, F]`.
-        num_nodes (int): The number of nodes :math:`N`.
-        op (callable): Maps rows :obj:`[N, B, F]` to rows :obj:`[M, B, F']`.
-
-    Returns:
-        Features in the layout of :obj:`x`, with :math:`M` for :math:`N` and :math:`F'` for
-        :math:`F`.
-
-    Raises:
-        ValueError: If the shape of :obj:`x` is none of the three.
-    """
-    batched = x.dim() == 3 and x.size(1) == num_nodes
-    stacked = x.dim() == 2 and x.size(0) > 0 and x.size(0) % num_nodes == 0
-    if not (batched or stacked):
-        raise ValueError(
-            f"Expected features of shape [{num_nodes}, F], [B, {num_nodes}, F] or "
-            f"[B * {num_nodes}, F] (got {list(x.shape)})"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"Expected floating point features (got {x.dtype})")
-    y = x if batched else x.view(-1, num_nodes, x.size(1))
-    y = op(y.transpose(0, 1)).transpose(0, 1)
-    return y if batched else y.flatten(0, 1)
 
 
 def ell_rowptr(index: Tensor) -> Tensor:

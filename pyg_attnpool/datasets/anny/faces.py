@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.datasets.anny_meshes import (
+from pyg_attnpool.datasets.anny.meshes import (
     AnnyMeshes,
     AnnyModel,
     sequence_labels,

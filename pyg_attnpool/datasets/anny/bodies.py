@@ -7,7 +7,7 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from pyg_attnpool.datasets.anny_meshes import (
+from pyg_attnpool.datasets.anny.meshes import (
     CHUNK,
     AnnyMeshes,
     AnnyModel,

@@ -1,8 +1,30 @@
+r"""How an operation reaches its backend: compiled code on a CPU, Triton on a GPU, or PyTorch."""
+
+import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from pyg_attnpool.ops import _cpu
+
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    r"""Whether the compiled operations take the tensor, of which tracing holds no values."""
+    return _cpu.AVAILABLE and tensor.device.type == "cpu" and plain(tensor)
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    r"""Whether the Triton kernels take the tensor."""
+    return TRITON and tensor.device.type == "cuda"
+
+
+def at_least_single(dtype: torch.dtype) -> torch.dtype:
+    r"""The type in which values of half precision are multiplied and summed."""
+    return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:

@@ -20,7 +20,7 @@ from tgp.reduce import BaseReduce
 from tgp.select import SelectOutput
 from tgp.src import PoolingOutput, SRCPooling
 
-from pyg_attnpool.tgp import MappingPooling
+from pyg_attnpool.integrations.tgp import MappingPooling
 
 N, M, B, F = 9, 4, 3, 5
 
@@ -242,7 +242,7 @@ import sys
 sys.modules["tgp"] = None  # as if not installed
 import pyg_attnpool
 try:
-    import pyg_attnpool.tgp
+    import pyg_attnpool.integrations.tgp
 except ImportError as e:
     assert 'pip install "pyg_attnpool[tgp]"' in str(e), e
 else:

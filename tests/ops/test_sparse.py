@@ -4,11 +4,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from pyg_attnpool.ops import reference
-from pyg_attnpool.ops.gather import (
+from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.sparse import (
     apply_mapping,
     ell_rowptr,
     fuse_slots,
-    on_rows,
     sddmm,
     spmm,
     transpose,

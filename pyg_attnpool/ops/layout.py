@@ -1,0 +1,37 @@
+r"""The two layouts of vertex features: :obj:`[B, N, F]` for users, rows :obj:`[N, B, F]` for sparse
+products."""
+
+from torch import Tensor
+
+
+def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
+    r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B, F]`.
+
+    The batch lies beside the channels there, so that one sparse product serves all samples. The
+    result is a view in the caller's layout, and the next call takes that view without a copy.
+
+    Args:
+        x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]`, or a mini-batch
+            :obj:`[B * N, F]`.
+        num_nodes (int): The number of nodes :math:`N`.
+        op (callable): Maps rows :obj:`[N, B, F]` to rows :obj:`[M, B, F']`.
+
+    Returns:
+        Features in the layout of :obj:`x`, with :math:`M` for :math:`N` and :math:`F'` for
+        :math:`F`.
+
+    Raises:
+        ValueError: If the shape of :obj:`x` is none of the three.
+    """
+    batched = x.dim() == 3 and x.size(1) == num_nodes
+    stacked = x.dim() == 2 and x.size(0) > 0 and x.size(0) % num_nodes == 0
+    if not (batched or stacked):
+        raise ValueError(
+            f"Expected features of shape [{num_nodes}, F], [B, {num_nodes}, F] or "
+            f"[B * {num_nodes}, F] (got {list(x.shape)})"
+        )
+    if not x.is_floating_point():
+        raise TypeError(f"Expected floating point features (got {x.dtype})")
+    y = x if batched else x.view(-1, num_nodes, x.size(1))
+    y = op(y.transpose(0, 1)).transpose(0, 1)
+    return y if batched else y.flatten(0, 1)
