@@ -148,44 +148,6 @@ class MeshHierarchy:
         r"""The edges :obj:`[2, E]` of a level in both directions, sorted, without duplicates."""
         return torch.from_numpy(edges(self.faces[level]).T.copy())
 
-    def receptive_field(self, source: int, target: int) -> Mapping:
-        r"""Equal weights over what simplification joined, between neighbouring levels. Down: every
-        coarse vertex takes the fine vertices that :obj:`up` draws mostly from it. Up: every fine
-        vertex takes the coarse vertices that :obj:`up` draws on."""
-        if source > target:
-            up = self.up[target]
-            used = (up.weight != 0).to(up.dtype)
-            return Mapping(up.index, used / used.sum(dim=1, keepdim=True), up.num_source)
-        owner = self._owner(source)
-        fine = torch.arange(len(owner))
-        weight = 1 / torch.bincount(owner)[owner].double()
-        size = (self.num_vertices[target], self.num_vertices[source])
-        entry = torch.stack([owner, fine])
-        field = torch.sparse_coo_tensor(entry, weight, size, check_invariants=True)
-        return Mapping.from_matrix(field)
-
-    def neighborhood(self, source: int, target: int) -> Mapping:
-        r"""Equal weights over a source vertex and its neighbours by an edge, between neighbouring
-        levels. Down it is the vertex that was kept, up the one that :obj:`up` draws mostly on."""
-        centre = self.down[source].index[:, 0] if source < target else self._owner(target)
-        row, col = self.edge_index(source)
-        size = self.num_vertices[source]
-        loops = torch.arange(size)
-        ring = torch.sparse_coo_tensor(
-            torch.stack([torch.cat([row, loops]), torch.cat([col, loops])]),
-            torch.ones(len(row) + size, dtype=torch.float64),
-            (size, size),
-            check_invariants=True,
-        )
-        field = Mapping.from_matrix(ring)
-        index, weight = field.index[centre], field.weight[centre]
-        return Mapping(index, weight / weight.sum(dim=1, keepdim=True), size)
-
-    def _owner(self, level: int) -> Tensor:
-        # The vertex of the next coarser level that each vertex is mostly drawn from.
-        up = self.up[level]
-        return up.index.gather(1, up.weight.argmax(dim=1, keepdim=True)).squeeze(1)
-
     def positions(self, level: int) -> Tensor:
         r"""The vertices :obj:`[n_l, 3]` of a level, centred by the template's mean and divided by
         its standard deviation per axis (float32)."""

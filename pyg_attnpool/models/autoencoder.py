@@ -15,7 +15,13 @@ from pyg_attnpool.files import replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
-from pyg_attnpool.nn.learned_pools import DiffPool, FullPool, WeightedPool
+from pyg_attnpool.nn.learned_pools import (
+    DiffPool,
+    FullPool,
+    WeightedPool,
+    average_mapping,
+    ring_mapping,
+)
 
 ENCODER_CHANNELS = (3, 16, 16, 16, 32)
 DECODER_CHANNELS = (32, 32, 16, 16, 16, 3)
@@ -59,7 +65,7 @@ class MeshAutoencoder(torch.nn.Module):
             :class:`~pyg_attnpool.nn.DiffPool`
 
             5. :obj:`"average"`: equal weights over what simplification joined,
-            :meth:`MeshHierarchy.receptive_field`
+            :func:`~pyg_attnpool.nn.learned_pools.average_mapping`
 
             6. :obj:`"variant"`: trainable weights over the neighbours of the vertex that
             simplification kept, :class:`~pyg_attnpool.nn.WeightedPool`
@@ -394,10 +400,11 @@ def _pooling(
     if method == "diffpool":
         edge_index = hierarchy.edge_index(source)
         return DiffPool(channels, num_target, edge_index, num_source, **kwargs)
+    level, upwards = min(source, target), source > target
     if method == "average":
-        return MappingPool(hierarchy.receptive_field(source, target).to(dtype))
+        return MappingPool(average_mapping(hierarchy, level, upwards).to(dtype))
     if method == "variant":
-        return WeightedPool(hierarchy.neighborhood(source, target).to(dtype))
+        return WeightedPool(ring_mapping(hierarchy, level, upwards).to(dtype))
     prior: Mapping = hierarchy.down[source] if source < target else hierarchy.up[target]
     prior = prior.to(dtype)
     if method == "qem":

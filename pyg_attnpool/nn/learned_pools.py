@@ -8,6 +8,7 @@ from torch.nn import Parameter
 from torch_geometric.nn.inits import glorot
 
 from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.nn.mapping_pool import MappingPool
 from pyg_attnpool.ops.layout import on_rows
@@ -187,3 +188,53 @@ class DiffPool(torch.nn.Module):
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.num_source}, {self.num_target})"
+
+
+def average_mapping(hierarchy: MeshHierarchy, level: int, up: bool) -> Mapping:
+    r"""Equal weights over what simplification joined, between a level and the next coarser one.
+
+    Down, a coarse vertex takes the fine vertices that :obj:`hierarchy.up[level]` draws mostly from
+    it. Up, a fine vertex takes the coarse vertices that :obj:`hierarchy.up[level]` draws on.
+
+    Args:
+        hierarchy (MeshHierarchy): The levels of the template.
+        level (int): The finer of the two levels.
+        up (bool): The direction, from coarse to fine if :obj:`True`.
+    """
+    mapping = hierarchy.up[level]
+    if up:
+        used = (mapping.weight != 0).to(mapping.dtype)
+        return Mapping(mapping.index, used / used.sum(dim=1, keepdim=True), mapping.num_source)
+    owner = _owner(hierarchy, level)
+    entry = torch.stack([owner, torch.arange(len(owner))])
+    weight = 1 / torch.bincount(owner)[owner].double()
+    size = (mapping.num_source, mapping.num_target)
+    return Mapping.from_matrix(torch.sparse_coo_tensor(entry, weight, size, check_invariants=True))
+
+
+def ring_mapping(hierarchy: MeshHierarchy, level: int, up: bool) -> Mapping:
+    r"""Equal weights over a source vertex and its neighbours by an edge, between a level and the
+    next coarser one. Down, that source vertex is the one that simplification kept; up, the one that
+    :obj:`hierarchy.up[level]` draws mostly on.
+
+    Args:
+        hierarchy (MeshHierarchy): As in :meth:`average_mapping`.
+        level (int): As in :meth:`average_mapping`.
+        up (bool): As in :meth:`average_mapping`.
+    """
+    source = level + 1 if up else level
+    centre = _owner(hierarchy, level) if up else hierarchy.down[level].index[:, 0]
+    size = hierarchy.num_vertices[source]
+    loops = torch.arange(size).repeat(2, 1)
+    entry = torch.cat([hierarchy.edge_index(source), loops], dim=1)
+    ones = torch.ones(entry.size(1), dtype=torch.float64)
+    ring = torch.sparse_coo_tensor(entry, ones, (size, size), check_invariants=True)
+    field = Mapping.from_matrix(ring)
+    index, weight = field.index[centre], field.weight[centre]
+    return Mapping(index, weight / weight.sum(dim=1, keepdim=True), size)
+
+
+def _owner(hierarchy: MeshHierarchy, level: int) -> Tensor:
+    # The vertex of the next coarser level that each vertex is mostly drawn from.
+    up = hierarchy.up[level]
+    return up.index.gather(1, up.weight.argmax(dim=1, keepdim=True)).squeeze(1)

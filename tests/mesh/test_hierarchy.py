@@ -187,31 +187,3 @@ def test_construction_errors(coarse):
         MeshHierarchy([v], [f], [], [])
     with pytest.raises(ValueError, match="mappings between .* at level 0"):
         MeshHierarchy(coarse.vertices[:2], coarse.faces[:2], coarse.up[:1], coarse.down[:1])
-
-
-def test_receptive_field(coarse):
-    for level in range(3):
-        up = coarse.up[level].to_dense().numpy()
-        owner = up.argmax(axis=1)
-        down = coarse.receptive_field(level, level + 1).to_dense().numpy()
-        expected = (owner == np.arange(up.shape[1])[:, None]).astype(float)
-        np.testing.assert_allclose(down, expected / expected.sum(axis=1, keepdims=True))
-        expected = (up > 0).astype(float)
-        got = coarse.receptive_field(level + 1, level).to_dense().numpy()
-        np.testing.assert_allclose(got, expected / expected.sum(axis=1, keepdims=True))
-
-
-def test_neighborhood(coarse):
-    def rings(level):
-        adjacency = np.eye(coarse.num_vertices[level])
-        for shift in (1, 2):
-            adjacency[coarse.faces[level], np.roll(coarse.faces[level], shift, axis=1)] = 1
-        return adjacency / adjacency.sum(axis=1, keepdims=True)
-
-    for level in range(3):
-        down = coarse.neighborhood(level, level + 1).to_dense().numpy()
-        kept = coarse.down[level].to_dense().numpy().argmax(axis=1)
-        np.testing.assert_allclose(down, rings(level)[kept])
-        up = coarse.neighborhood(level + 1, level).to_dense().numpy()
-        owner = coarse.up[level].to_dense().numpy().argmax(axis=1)
-        np.testing.assert_allclose(up, rings(level + 1)[owner])

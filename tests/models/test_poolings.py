@@ -6,6 +6,7 @@ from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, freeze_a
 from pyg_attnpool.models import MeshAutoencoder
 from pyg_attnpool.models.autoencoder import POOLINGS
 from pyg_attnpool.nn import DiffPool, FullPool, MappingPool, WeightedPool
+from pyg_attnpool.nn.learned_pools import average_mapping, ring_mapping
 from tests.mesh.meshes import blob
 
 SMALL = dict(encoder_channels=(3, 4, 5), decoder_channels=(6, 4, 3, 3), latent_channels=3)
@@ -45,13 +46,13 @@ def test_poolings_are_those_of_the_hierarchy(hierarchy):
         ("qem", hierarchy.down, hierarchy.up),
         (
             "average",
-            [hierarchy.receptive_field(0, 1), hierarchy.receptive_field(1, 2)],
-            [hierarchy.receptive_field(1, 0), hierarchy.receptive_field(2, 1)],
+            [average_mapping(hierarchy, level, up=False) for level in (0, 1)],
+            [average_mapping(hierarchy, level, up=True) for level in (0, 1)],
         ),
         (
             "variant",
-            [hierarchy.neighborhood(0, 1), hierarchy.neighborhood(1, 2)],
-            [hierarchy.neighborhood(1, 0), hierarchy.neighborhood(2, 1)],
+            [ring_mapping(hierarchy, level, up=False) for level in (0, 1)],
+            [ring_mapping(hierarchy, level, up=True) for level in (0, 1)],
         ),
     ):
         model = MeshAutoencoder(hierarchy, down=method, **SMALL)

@@ -1,13 +1,17 @@
 import copy
 
+import numpy as np
+
 import pytest
 import torch
 from torch.testing import assert_close
 from torch_geometric.nn import dense_diff_pool
 
-from pyg_attnpool import Mapping, freeze_attention
+from pyg_attnpool import Mapping, MeshHierarchy, freeze_attention
 from pyg_attnpool.nn import DiffPool, FullPool, WeightedPool
+from pyg_attnpool.nn.learned_pools import average_mapping, ring_mapping
 from pyg_attnpool.ops import reference
+from tests.mesh.meshes import blob
 
 N, M = 7, 4
 FIELD = Mapping(
@@ -119,3 +123,36 @@ def test_errors():
     for layer in layers().values():
         with pytest.raises(ValueError, match=r"\[7, F\], .* .got \[2, 8, 3\]"):
             layer(torch.randn(2, 8, 3))
+
+
+@pytest.fixture(scope="module")
+def coarse():
+    return MeshHierarchy.from_template(blob(3, seed=0, hole=True), factors=[4, 4, 3])
+
+
+def test_average_mapping(coarse):
+    for level in range(3):
+        up = coarse.up[level].to_dense().numpy()
+        owner = up.argmax(axis=1)
+        down = average_mapping(coarse, level, up=False).to_dense().numpy()
+        expected = (owner == np.arange(up.shape[1])[:, None]).astype(float)
+        np.testing.assert_allclose(down, expected / expected.sum(axis=1, keepdims=True))
+        expected = (up > 0).astype(float)
+        got = average_mapping(coarse, level, up=True).to_dense().numpy()
+        np.testing.assert_allclose(got, expected / expected.sum(axis=1, keepdims=True))
+
+
+def test_ring_mapping(coarse):
+    def rings(level):
+        adjacency = np.eye(coarse.num_vertices[level])
+        for shift in (1, 2):
+            adjacency[coarse.faces[level], np.roll(coarse.faces[level], shift, axis=1)] = 1
+        return adjacency / adjacency.sum(axis=1, keepdims=True)
+
+    for level in range(3):
+        down = ring_mapping(coarse, level, up=False).to_dense().numpy()
+        kept = coarse.down[level].to_dense().numpy().argmax(axis=1)
+        np.testing.assert_allclose(down, rings(level)[kept])
+        up = ring_mapping(coarse, level, up=True).to_dense().numpy()
+        owner = coarse.up[level].to_dense().numpy().argmax(axis=1)
+        np.testing.assert_allclose(up, rings(level + 1)[owner])
