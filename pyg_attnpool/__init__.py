@@ -1,10 +1,19 @@
 from pyg_attnpool import models, nn
-from pyg_attnpool.export import freeze_attention
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.nn import AttentionPool, AttentionUnpool, MappingPool, SpiralConv, StaticChebConv
+from pyg_attnpool.models import MorphableModel
+from pyg_attnpool.nn import (
+    AttentionPool,
+    AttentionUnpool,
+    MappingPool,
+    SpiralConv,
+    StaticChebConv,
+    freeze,
+    freeze_attention,
+    swap_pooling,
+)
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "AttentionPool",
@@ -12,10 +21,13 @@ __all__ = [
     "Mapping",
     "MappingPool",
     "MeshHierarchy",
+    "MorphableModel",
     "SpiralConv",
     "StaticChebConv",
     "__version__",
+    "freeze",
     "freeze_attention",
     "models",
     "nn",
+    "swap_pooling",
 ]

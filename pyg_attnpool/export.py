@@ -9,36 +9,24 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyg_attnpool.files import replacing
-from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
+from pyg_attnpool.nn.attention_pool import AttentionPool
 from pyg_attnpool.ops import cheb, spiral
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
 
-def freeze_attention(model: Module) -> Module:
-    r"""Replaces every :class:`AttentionPool` and :class:`AttentionUnpool` of a model, in place, by
-    the :class:`MappingPool` of its present mapping. What remains has the parameters of the model's
-    QEM twin and computes what the model computed.
+def export(model: Module, example: Tensor, path: str | Path) -> float:
+    r"""Writes a model by the ending of the file, :obj:`.pt2` (:meth:`export_torch`) or :obj:`.onnx`
+    (:meth:`export_onnx`).
 
-    Args:
-        model (torch.nn.Module): Any module that holds attention layers.
-
-    Returns:
-        The same model; if it is itself an attention layer, its :class:`MappingPool`.
+    Raises:
+        ValueError: If the ending is another one, or as these do.
     """
-    if isinstance(model, AttentionPool | AttentionUnpool):
-        return model.freeze()
-    frozen = {  # a layer used in several places stays one layer
-        layer: layer.freeze()
-        for layer in model.modules()
-        if isinstance(layer, AttentionPool | AttentionUnpool)
-    }
-    for module in list(model.modules()):
-        # Not named_children(), which names a child once that stands under two names.
-        for name, child in module._modules.items():
-            if child in frozen:
-                setattr(module, name, frozen[child])
-    return model
+    writers = {".pt2": export_torch, ".onnx": export_onnx}
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise ValueError(f"Expected a file name ending in one of {list(writers)} (got {path})")
+    return writers[suffix](model, example, path)
 
 
 def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
@@ -50,7 +38,7 @@ def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
 
     Args:
         model (torch.nn.Module): Any module of one tensor to one tensor, without attention layers;
-            see :func:`freeze_attention`. It is exported as it computes after
+            see :func:`~pyg_attnpool.nn.freeze`. It is exported as it computes after
             :meth:`~torch.nn.Module.eval`.
         example (torch.Tensor): An input, such as meshes :obj:`[B, N, 3]`. The first dimension is
             the batch and stays free; no values are stored.
@@ -125,12 +113,11 @@ def _evaluating(model: Module, example: Tensor) -> Module:
     held = {
         name or "the model": type(module).__name__
         for name, module in model.named_modules()
-        if isinstance(module, AttentionPool | AttentionUnpool)
+        if isinstance(module, AttentionPool)
     }
     if held:
         raise ValueError(
-            f"Expected a model without attention layers (got {held}): call "
-            f"`freeze_attention(model)` first"
+            f"Expected a model without attention layers (got {held}): call `freeze(model)` first"
         )
     if not isinstance(example, Tensor) or example.dim() < 2 or example.numel() == 0:
         got = list(example.shape) if isinstance(example, Tensor) else type(example).__name__

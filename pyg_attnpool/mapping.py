@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch_geometric.nn.pool.select import SelectOutput
 
 from pyg_attnpool.ops.adjacency import pool_adjacency
 from pyg_attnpool.ops.sparse import apply_mapping, fuse_slots
@@ -29,6 +31,11 @@ class Mapping:
     Raises:
         TypeError: If :obj:`index` is not integral or :obj:`weight` not floating point.
         ValueError: If the shapes differ, an index is out of range or a weight is not finite.
+
+    Example:
+        >>> mapping = Mapping(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0.5, 0.5], [1, 0]]), 3)
+        >>> (mapping @ torch.tensor([[1.0], [3.0], [5.0]])).tolist()
+        [[2.0], [5.0]]
     """
 
     def __init__(self, index: Tensor, weight: Tensor, num_source: int):
@@ -82,10 +89,12 @@ class Mapping:
 
     @property
     def device(self) -> torch.device:
+        r"""The device of the weights."""
         return self.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        r"""The type of the weights."""
         return self.weight.dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Mapping:
@@ -154,7 +163,7 @@ class Mapping:
             :obj:`[E']` in the type of :obj:`edge_weight`, differentiable in the weights of
             mapping and edges.
         """
-        row, col, weight = self._blocks(batch_size)
+        row, col, weight = self.entries(batch_size)
         size = (batch_size * self.num_target, batch_size * self.num_source)
         return pool_adjacency(row, col, weight, size, edge_index, edge_weight, remove_self_loops)
 
@@ -173,15 +182,23 @@ class Mapping:
         row = torch.div(entry, self.num_source, rounding_mode="floor")
         return row, entry - row * self.num_source, weight
 
-    def _blocks(self, batch_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        # The entries of the matrix repeated along the diagonal, for the graphs of a mini-batch.
+    def entries(self, batch_size: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+        r"""Row, column and weight :obj:`[nnz]` of every entry, sorted, without duplicates, and
+        differentiable in the weights.
+
+        Args:
+            batch_size (int, optional): How often the matrix stands along the diagonal, for the
+                graphs of a mini-batch. (default: :obj:`1`)
+        """
         row, col, weight = self._entries()
+        if batch_size == 1:
+            return row, col, weight
         sample = torch.arange(batch_size, device=self.device).unsqueeze(1)
         row = (row + sample * self.num_target).flatten()
         col = (col + sample * self.num_source).flatten()
         return row, col, weight.repeat(batch_size)
 
-    def to_sparse_tensor(self):
+    def to_sparse_tensor(self) -> Any:
         r"""The matrix as :class:`torch_sparse.SparseTensor` of size
         :obj:`(num_target, num_source)`, differentiable in the weights.
 
@@ -217,7 +234,29 @@ class Mapping:
         row, col, weight = self._entries()
         return torch.stack([col, row]), weight
 
-    def to_scipy(self):
+    def to_select_output(self) -> SelectOutput:
+        r"""The matrix as the assignment of vertices to clusters of
+        :mod:`torch_geometric.nn.pool.select`: source vertices are nodes, target vertices clusters.
+        """
+        row, col, weight = self._entries()
+        return SelectOutput(col, self.num_source, row, self.num_target, weight)
+
+    @classmethod
+    def from_select_output(cls, output: SelectOutput) -> Mapping:
+        r"""A mapping from the assignment of a pooling operator of PyG, differentiable in its
+        weights, which are ones where it has none.
+
+        Args:
+            output (torch_geometric.nn.pool.select.SelectOutput): The assignment.
+        """
+        weight = output.weight
+        if weight is None:
+            weight = torch.ones(output.node_index.numel(), device=output.node_index.device)
+        order = (output.cluster_index * output.num_nodes + output.node_index).argsort()
+        row, col = output.cluster_index[order], output.node_index[order]
+        return cls._from_coo(row, col, weight[order], (output.num_clusters, output.num_nodes))
+
+    def to_scipy(self) -> Any:
         r"""The matrix as :class:`scipy.sparse.csr_array`, without gradients."""
         import scipy.sparse
 
@@ -275,7 +314,7 @@ class Mapping:
         )
 
     @classmethod
-    def _from_coo(cls, row: Tensor, col: Tensor, value: Tensor, size) -> Mapping:
+    def _from_coo(cls, row: Tensor, col: Tensor, value: Tensor, size: Sequence[int]) -> Mapping:
         # Entries are sorted by row; an entry's slot is its place in its row.
         num_target, num_source = _check_matrix(size)
         starts = torch.searchsorted(row, torch.arange(num_target, device=row.device))
@@ -289,7 +328,7 @@ class Mapping:
         return f"{self.__class__.__name__}({self.num_source}, {self.num_target}, k={self.k})"
 
 
-def _check_matrix(size) -> tuple[int, int]:
+def _check_matrix(size: Sequence[int]) -> tuple[int, int]:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"Expected a matrix of shape [num_target, num_source] (got {list(size)})")
     return int(size[0]), int(size[1])

@@ -54,7 +54,7 @@ class MappingSelect(Select):
         self.pool = pool
         self.unpool = unpool
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         for layer in (self.pool, self.unpool):
             if hasattr(layer, "reset_parameters"):  # a fixed mapping has none
@@ -112,7 +112,7 @@ class MappingSelect(Select):
 
 def _blocks(mapping: Mapping, batch_size: int, dtype: torch.dtype) -> Tensor:
     # The matrix as sparse COO, repeated along the diagonal.
-    row, col, weight = mapping._blocks(batch_size)
+    row, col, weight = mapping.entries(batch_size)
     return torch.sparse_coo_tensor(
         torch.stack([row, col]),
         weight.to(dtype),

@@ -1,6 +1,14 @@
-from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
 from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.morphable import MorphableModel
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 
-__all__ = ["PCA", "MeshAutoencoder", "coma", "neural3dmm"]
+__all__ = [
+    "PCA",
+    "AutoencoderConfig",
+    "MeshAutoencoder",
+    "MorphableModel",
+    "coma",
+    "neural3dmm",
+]

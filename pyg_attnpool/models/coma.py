@@ -1,21 +1,25 @@
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.models.autoencoder import (
-    WIDER_DECODER_CHANNELS,
-    WIDER_ENCODER_CHANNELS,
-    MeshAutoencoder,
-)
+from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.nn.resolver import Query
+
+# The wider setting of the paper.
+WIDER: dict[str, Any] = {
+    "channels": (16, 32, 64, 128),
+    "decoder_channels": (128, 64, 32, 32, 16),
+}
 
 
 def coma(
     hierarchy: MeshHierarchy,
-    pool: str = "qem",
+    pool: Query = "qem",
     latent_channels: int = 8,
     wider: bool = False,
-    latent_activation: str | None = "relu",
+    K: int = 6,
+    variant: Literal["default", "published"] = "default",
     **kwargs: Any,
 ) -> MeshAutoencoder:
     r"""The spectral mesh autoencoder of the `"Generating 3D Faces Using Convolutional Mesh
@@ -24,36 +28,42 @@ def coma(
     Aggregation for Deep 3D Morphable Models" <https://arxiv.org/abs/2105.02173>`_ paper.
 
     With four poolings to 5023, 1256, 314, 79 and 20 vertices and eight latent channels it has
-    30,056 parameters, the wider setting 179,656. Attention adds 350,330 until
-    :func:`~pyg_attnpool.export.freeze_attention` takes them away.
+    30,056 parameters, the wider setting 179,656. Attention adds 350,330 (and one for each layer's
+    temperature) until :func:`~pyg_attnpool.nn.freeze` takes them away.
 
     Args:
         hierarchy (MeshHierarchy): The levels of the template, five unless channels are given.
-        pool (str, optional): :obj:`"qem"` or :obj:`"attention"`, down and up.
+        pool (str, optional): The aggregation down and up, such as :obj:`"qem"` or
+            :obj:`"attention"`, see :func:`~pyg_attnpool.nn.resolver.pooling_resolver`.
             (default: :obj:`"qem"`)
         latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
         wider (bool, optional): The channels of the paper's wider setting.
             (default: :obj:`False`)
-        latent_activation (str, optional): :obj:`"relu"` as published, or :obj:`None`.
-            (default: :obj:`"relu"`)
-        **kwargs (optional): Additional arguments of :class:`MeshAutoencoder`.
+        K (int, optional): Chebyshev filter size. (default: :obj:`6`)
+        variant (str, optional): :obj:`"published"` is the model of the papers, with a ReLU on the
+            latent code and their attention; :obj:`"default"` has a linear latent, which no
+            dimension can die in, and the attention that wins. (default: :obj:`"default"`)
+        **kwargs (optional): Additional arguments of
+            :class:`~pyg_attnpool.models.autoencoder.AutoencoderConfig`.
     """
-    if wider:
-        kwargs.setdefault("encoder_channels", WIDER_ENCODER_CHANNELS)
-        kwargs.setdefault("decoder_channels", WIDER_DECODER_CHANNELS)
     model = MeshAutoencoder(
         hierarchy,
-        down=pool,
-        latent_channels=latent_channels,
-        latent_activation=latent_activation,
-        **kwargs,
+        **{
+            "down": pool,
+            "latent_channels": latent_channels,
+            "latent_activation": "relu" if variant == "published" else None,
+            "conv_kwargs": {"K": K},
+            "variant": variant,
+            **(WIDER if wider else {}),
+            **kwargs,
+        },
     )
     reset_published(model)
     return model
 
 
 @torch.no_grad()
-def reset_published(model: MeshAutoencoder):
+def reset_published(model: MeshAutoencoder) -> None:
     r"""Resets convolutions and fully connected layers to CoMA's initial values: everything
     N(0, 0.1²), the biases of the fully connected layers 0.1."""
     for conv in [*model.down_convs, *model.up_convs, model.out_conv]:

@@ -1,22 +1,21 @@
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.models.autoencoder import (
-    WIDER_DECODER_CHANNELS,
-    WIDER_ENCODER_CHANNELS,
-    MeshAutoencoder,
-)
+from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.models.coma import WIDER
+from pyg_attnpool.nn.resolver import Query
 
 
 def neural3dmm(
     hierarchy: MeshHierarchy,
-    pool: str = "qem",
+    pool: Query = "qem",
     latent_channels: int = 8,
     wider: bool = False,
     hops: int | Sequence[int] = 1,
     dilation: int | Sequence[int] = 1,
     reference: Sequence[int] | None = None,
+    variant: Literal["default", "published"] = "default",
     **kwargs: Any,
 ) -> MeshAutoencoder:
     r"""The spiral mesh autoencoder of the `"Neural 3D Morphable Models"
@@ -31,7 +30,8 @@ def neural3dmm(
 
     Args:
         hierarchy (MeshHierarchy): The levels of the template, five unless channels are given.
-        pool (str, optional): :obj:`"qem"` or :obj:`"attention"`, down and up.
+        pool (str, optional): The aggregation down and up, such as :obj:`"qem"` or
+            :obj:`"attention"`, see :func:`~pyg_attnpool.nn.resolver.pooling_resolver`.
             (default: :obj:`"qem"`)
         latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
         wider (bool, optional): The wider setting of channels. (default: :obj:`False`)
@@ -40,20 +40,24 @@ def neural3dmm(
         dilation (int or list, optional): The step along a spiral, likewise. (default: :obj:`1`)
         reference (list, optional): The template vertices that orient the spirals, see
             :meth:`~pyg_attnpool.mesh.spiral_sequences`. (default: :obj:`None`)
-        **kwargs (optional): Additional arguments of :class:`MeshAutoencoder`.
+        variant (str, optional): :obj:`"published"` starts attention with the settings of the
+            paper, :obj:`"default"` with those that win. (default: :obj:`"default"`)
+        **kwargs (optional): Additional arguments of
+            :class:`~pyg_attnpool.models.autoencoder.AutoencoderConfig`.
     """
-    if wider:
-        kwargs.setdefault("encoder_channels", WIDER_ENCODER_CHANNELS)
-        kwargs.setdefault("decoder_channels", WIDER_DECODER_CHANNELS)
     return MeshAutoencoder(
         hierarchy,
-        conv="spiral",
-        down=pool,
-        latent_channels=latent_channels,
-        activation="elu",
-        latent_activation=None,
-        expand_activation=None,
-        out_bias=True,
-        spirals={"hops": hops, "dilation": dilation, "reference": reference},
-        **kwargs,
+        **{
+            "conv": "spiral",
+            "down": pool,
+            "latent_channels": latent_channels,
+            "activation": "elu",
+            "latent_activation": None,
+            "expand_activation": None,
+            "out_bias": True,
+            "conv_kwargs": {"hops": hops, "dilation": dilation, "reference": reference},
+            "variant": variant,
+            **(WIDER if wider else {}),
+            **kwargs,
+        },
     )

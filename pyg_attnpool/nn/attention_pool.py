@@ -1,36 +1,128 @@
+from __future__ import annotations
+
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.nn.mapping_pool import MappingPool, MatrixProtocol
+from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.nn.base import PoolingLayer, check_index, check_weight
+from pyg_attnpool.nn.mapping_pool import MappingPool
 from pyg_attnpool.ops.attention import attention, cosine_at, dense_attention
 from pyg_attnpool.ops.backend import at_least_single
-from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.search import Search, cosine_topk
 from pyg_attnpool.ops.sparse import Pattern, fuse_slots, map_rows
 
+K_POOL, K_UNPOOL = 2, 32
 
-class _AttentionMapping(MatrixProtocol, torch.nn.Module):
-    # What pooling and unpooling share, which is all but the default of k.
+# The settings of the paper, by which `published` makes a layer.
+PUBLISHED: dict[str, Any] = {"init": "positions", "normalization": "sum", "fusion_weight": 0.2}
 
-    _default_k: int
+# The channels that an initialisation fills.
+NEEDED = {"lifted": 4, "prior": 1, "positions": 3, "normal": 1, "uniform": 1}
+
+SMOOTHING = 64  # steps in which keys made from a prior take their neighbours' values
+
+
+class AttentionPool(PoolingLayer):
+    r"""The learned pooling of mesh features from the `"Learning Feature Aggregation for Deep 3D
+    Morphable Models" <https://arxiv.org/abs/2105.02173>`_ paper
+
+    .. math::
+        \mathbf{y}_i = \sum_{j \in \mathcal{N}_i} m_{ij} \, \mathbf{x}_j, \qquad
+        m_{ij} = w_a \, a_{ij} + (1 - w_a) \, p_{ij}
+
+    where :math:`\mathcal{N}_i` are the :math:`k` source vertices whose keys are closest to the
+    query of target vertex :math:`i` by their cosine
+    :math:`s_{ij} = \cos(\mathbf{q}_i, \mathbf{k}_j)`, the attention :math:`a_{ij}` is the softmax
+    of :math:`\beta s_{ij}` over them, :math:`\mathbf{P}` is a precomputed prior and :math:`w_a` a
+    learned scalar. Keys and queries are parameters shared by all samples; after training,
+    :meth:`freeze` leaves a fixed sparse matrix.
+
+    The mapping starts as :math:`3 \mathbf{P} - 2 \mathbf{A}` (:math:`w_a = -2`) with
+    :math:`\mathbf{A}` an average over the nearest vertices. It sharpens what the prior blurs, and
+    is ahead of the prior from the first steps of training. :meth:`published` makes the layer with
+    the settings of the paper.
+
+    From call to call the search for the closest keys remembers what it has found
+    (:class:`~pyg_attnpool.ops.search.Search`), which changes no result. With
+    :obj:`layer.search = None` every call searches in full.
+
+    Args:
+        num_source (int): The number of source vertices :math:`N`.
+        num_target (int): The number of target vertices :math:`M`.
+        channels (int, optional): Size of each key and query. (default: :obj:`21`)
+        k (int, optional): The number of source vertices kept per target vertex. If :obj:`None`,
+            all are kept and applied as a dense matrix, for small levels. (default: :obj:`2`)
+        prior (Mapping, optional): The precomputed mapping :math:`\mathbf{P}`, or any matrix that
+            :meth:`Mapping.from_matrix` takes. If :obj:`None`, the attention stands alone.
+            (default: :obj:`None`)
+        fusion_weight (float, optional): The initial :math:`w_a`. (default: :obj:`-2.0`)
+        source_pos (torch.Tensor, optional): Positions :obj:`[N, 3]` of the source vertices,
+            normalised as by :meth:`MeshHierarchy.positions`: centred by the mean and divided by
+            the standard deviation of the template. (default: :obj:`None`)
+        target_pos (torch.Tensor, optional): The same :obj:`[M, 3]` for the target vertices.
+            (default: :obj:`None`)
+        init (str, optional): How keys and queries start. If :obj:`None`, it is :obj:`"lifted"`
+            where there are positions, :obj:`"prior"` where there is only a prior, else
+            :obj:`"normal"`. (default: :obj:`None`)
+
+            1. :obj:`"lifted"`: positions lifted to the sphere by
+            :math:`\mathbf{p} \mapsto (2 \mathbf{p}, |\mathbf{p}|^2 - 1) / (|\mathbf{p}|^2 + 1)` in
+            the first four channels plus N(0, 0.02²) in all, so that the first
+            :math:`\mathcal{N}_i` are about the nearest vertices
+
+            2. :obj:`"prior"`: keys are random vectors, smoothed over the source vertices that the
+            prior connects, and a query is the prior's own mixture of keys, so that the first
+            :math:`\mathcal{N}_i` contain what the prior takes
+
+            3. :obj:`"positions"`: 0.1 times the position in the first three channels plus
+            0.1 U(0, 1) in all; only the latter without positions
+
+            4. :obj:`"normal"`: 0.1 N(0, 1)
+
+            5. :obj:`"uniform"`: 0.1 U(0, 1)
+        normalization (str, optional): :obj:`"softmax"` takes the softmax of :math:`\beta s_{ij}`
+            with a learned :math:`\beta = \exp(\textrm{log\_beta})`, started at 3 over the mean gap
+            between a row's largest and smallest kept score, or with :obj:`k=None` between its
+            largest and the one that the default :obj:`k` would keep last. :obj:`"sum"` clamps the
+            kept scores to at least :math:`10^{-25}` and divides them by their sum, as the paper
+            does. (default: :obj:`"softmax"`)
+
+    Shapes:
+        - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
+          :math:`(B \cdot N, F)`
+        - **output:** features :math:`(M, F)`, :math:`(B, M, F)` or :math:`(B \cdot M, F)`
+
+    Raises:
+        ValueError: If :obj:`k` exceeds :obj:`num_source`, the prior or positions do not fit the
+            vertex counts, or an option is unknown.
+
+    Example:
+        >>> pool = AttentionPool(100, 25)
+        >>> pool(torch.randn(8, 100, 16)).shape
+        torch.Size([8, 25, 16])
+    """
+
+    default_k = K_POOL
 
     def __init__(
         self,
         num_source: int,
         num_target: int,
-        channels: int,
-        k: int | None,
-        prior: Any,
-        fusion_weight: float,
-        source_pos: Tensor | None,
-        target_pos: Tensor | None,
-        init: str,
-        normalization: str,
+        channels: int = 21,
+        k: int | None = K_POOL,
+        prior: Any = None,
+        fusion_weight: float = -2.0,
+        source_pos: Tensor | None = None,
+        target_pos: Tensor | None = None,
+        init: str | None = None,
+        normalization: str = "softmax",
     ):
         super().__init__()
         if min(num_source, num_target, channels, 1 if k is None else k) < 1:
@@ -50,7 +142,14 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
             raise ValueError(f"Expected a finite 'fusion_weight' (got {fusion_weight})")
         source_pos = _check_positions("source_pos", source_pos, num_source)
         target_pos = _check_positions("target_pos", target_pos, num_target)
-        _check_init(init, channels, source_pos, target_pos)
+        if prior is not None:
+            prior = Mapping.from_matrix(prior).detach().to(torch.get_default_dtype())
+            if (prior.num_target, prior.num_source) != (num_target, num_source):
+                raise ValueError(
+                    f"Expected a 'prior' from {num_source} to {num_target} vertices "
+                    f"(got {prior.num_source} to {prior.num_target})"
+                )
+        init = _check_init(init, channels, prior, source_pos, target_pos)
 
         self.num_source = num_source
         self.num_target = num_target
@@ -64,18 +163,8 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
         self.query = Parameter(torch.empty(num_target, channels))
         self.fusion_weight = None if prior is None else Parameter(torch.empty(()))
         self.log_beta = Parameter(torch.empty(())) if normalization == "softmax" else None
-
-        prior_index = prior_weight = None
-        if prior is not None:
-            prior = Mapping.from_matrix(prior).detach()
-            if (prior.num_target, prior.num_source) != (num_target, num_source):
-                raise ValueError(
-                    f"Expected a 'prior' from {num_source} to {num_target} vertices "
-                    f"(got {prior.num_source} to {prior.num_target})"
-                )
-            prior_index, prior_weight = prior.index.clone(), prior.weight.clone()
-        self.register_buffer("prior_index", prior_index)
-        self.register_buffer("prior_weight", prior_weight)
+        self.register_buffer("prior_index", None if prior is None else prior.index.clone())
+        self.register_buffer("prior_weight", None if prior is None else prior.weight.clone())
         # Needed again by reset_parameters() only, so no part of the learned state.
         self.register_buffer("source_pos", source_pos, persistent=False)
         self.register_buffer("target_pos", target_pos, persistent=False)
@@ -84,13 +173,67 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
         self.reset_parameters()
 
     @classmethod
+    def published(cls, *args: Any, **kwargs: Any) -> AttentionPool:
+        r"""The layer with the settings of the paper: keys and queries from positions, scores
+        divided by their sum, and :math:`w_a` from 0.2. The arguments are those of the constructor.
+
+        Example:
+            >>> AttentionPool.published(100, 25).normalization
+            'sum'
+        """
+        return cls(*args, **{**PUBLISHED, **kwargs})
+
+    @classmethod
+    def from_hierarchy(cls, hierarchy: MeshHierarchy, level: int, **kwargs: Any) -> AttentionPool:
+        r"""The layer between a level of a hierarchy and the next coarser one, with the hierarchy's
+        mapping as its prior: pooling down from :obj:`level`, unpooling back up to it.
+
+        Args:
+            hierarchy (MeshHierarchy): The levels of the template.
+            level (int): The finer of the two levels.
+            **kwargs (optional): Further arguments of the constructor. Without :obj:`k`, it is the
+                default, or all source vertices where there are fewer.
+
+        Raises:
+            ValueError: If there is no such level, or as the constructor does.
+
+        Example:
+            >>> from pyg_attnpool import MeshHierarchy
+            >>> grid = torch.cartesian_prod(torch.arange(4.0), torch.arange(4.0), torch.zeros(1))
+            >>> rows = torch.arange(12).view(3, 4)[:, :3].flatten()
+            >>> faces = torch.cat([torch.stack([rows, rows + 4, rows + 1], dim=1),
+            ...                    torch.stack([rows + 1, rows + 4, rows + 5], dim=1)])
+            >>> hierarchy = MeshHierarchy.from_template((grid.numpy(), faces.numpy()), factors=[2])
+            >>> AttentionPool.from_hierarchy(hierarchy, 0)
+            AttentionPool(16, 8, channels=21, k=2)
+        """
+        num_levels = len(hierarchy.down)
+        if not 0 <= level < num_levels:
+            raise ValueError(f"Expected a 'level' from 0 to {num_levels - 1} (got {level})")
+        source, target = cls._levels(level)
+        num_source, num_target = (hierarchy.num_vertices[i] for i in (source, target))
+        kwargs = {
+            "k": min(cls.default_k, num_source),
+            "prior": hierarchy.down[level] if source == level else hierarchy.up[level],
+            "source_pos": hierarchy.positions(source),
+            "target_pos": hierarchy.positions(target),
+            **kwargs,
+        }
+        return cls(num_source, num_target, **kwargs)
+
+    @staticmethod
+    def _levels(level: int) -> tuple[int, int]:
+        # The levels of source and target.
+        return level, level + 1
+
+    @classmethod
     def from_mapping(
         cls,
         matrix: Any,
         source_pos: Tensor | None = None,
         target_pos: Tensor | None = None,
         **kwargs: Any,
-    ):
+    ) -> AttentionPool:
         r"""The layer in the place of a matrix that a model holds, with that matrix as its prior.
         It can be called, or used as the matrix was:
 
@@ -119,11 +262,17 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
             target_pos (torch.Tensor, optional): The same :obj:`[M, 3]` for the target vertices.
                 (default: :obj:`None`)
             **kwargs (optional): Further arguments of the constructor. Without :obj:`k`, it is the
-                default, or all source vertices where there are fewer.
+                default, or all source vertices where there are fewer. Without positions, keys and
+                queries come from the matrix itself (:obj:`init="prior"`).
 
         Raises:
             ValueError: If the matrix does not fit the positions, its dummy vertex is not apart
                 from the others, or as the constructor does.
+
+        Example:
+            >>> layer = AttentionPool.from_mapping(torch.eye(4)[:2])
+            >>> (layer @ torch.ones(4, 8)).shape
+            torch.Size([2, 8])
         """
         prior, dummy_weight = _split_dummy(matrix)
         prior = Mapping.from_matrix(prior).detach()
@@ -135,7 +284,7 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
                     f"Expected a matrix of shape {wanted} for 'source_pos' of {wanted[1]} and "
                     f"'target_pos' of {wanted[0]} vertices (got {size})"
                 )
-        kwargs.setdefault("k", min(cls._default_k, prior.num_source))
+        kwargs.setdefault("k", min(cls.default_k, prior.num_source))
         source_pos, target_pos = (
             pos if pos is None else torch.as_tensor(pos).cpu() for pos in (source_pos, target_pos)
         )
@@ -148,31 +297,60 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
             **kwargs,
         )
         layer.dummy_weight = dummy_weight
-        return layer.to(prior.device, matrix.dtype if isinstance(matrix, Tensor) else None)
+        typed = isinstance(matrix, Tensor | MappingPool)
+        layer.to(prior.device, prior.dtype if typed else None)
+        layer.prior_weight.copy_(prior.weight)  # with all of its digits
+        return layer
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
-        _init_vectors(self.key, self.source_pos, self.init)
-        _init_vectors(self.query, self.target_pos, self.init)
+        if self.init == "prior":
+            key, query = _vectors_of_prior(self.prior_index, self.prior_weight, *self.key.shape)
+            self.key.copy_(key)
+            self.query.copy_(query)
+        else:
+            _init_vectors(self.key, self.source_pos, self.init)
+            _init_vectors(self.query, self.target_pos, self.init)
         if self.fusion_weight is not None:
             self.fusion_weight.fill_(self.initial_fusion_weight)
         if self.log_beta is not None:
             # The last kept source starts with e^-3 of the first one's weight. Where all are kept,
             # that would be almost an average of the mesh, so the layer starts as by default.
-            k = min(self._default_k, self.num_source) if self.k is None else self.k
+            k = min(self.default_k, self.num_source) if self.k is None else self.k
             score = cosine_at(self.query, self.key, cosine_topk(self.query, self.key, k))
             gap = (score[:, 0] - score[:, -1]).mean()
-            self.log_beta.copy_((3 / gap).log() if gap > 0 else torch.zeros_like(gap))
+            self.log_beta.copy_(torch.where(gap > 0, (3 / gap).log(), torch.zeros_like(gap)))
 
-    def _apply(self, fn: Any, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionPool:
         super()._apply(fn, recurse)
-        dtype = at_least_single(self.key.dtype)
-        if self.search is not None and self.search.last_key.dtype != dtype:
-            self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)
+        self._renew_search()
         return self
 
-    def _slots(self) -> tuple[Tensor, Tensor]:
+    def _renew_search(self) -> None:
+        # The search remembers keys of one type, and none of the meta device.
+        dtype = at_least_single(self.key.dtype)
+        known = self.search and self.search.last_key
+        if known is not None and self.k is not None and (known.is_meta or known.dtype != dtype):
+            self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # Checked before anything is assigned. The number of the prior's slots may differ.
+        index, weight = (state_dict.get(f"{prefix}prior_{name}") for name in ("index", "weight"))
+        if index is not None and self.prior_index is not None:
+            shape = (self.num_target, None)
+            check_index(f"{prefix}prior_index", index, shape, self.num_source)
+            if weight is not None:
+                check_weight(f"{prefix}prior_weight", weight, index.shape)
+            self.prior_index = self.prior_index.new_zeros(index.shape)
+            self.prior_weight = self.prior_weight.new_zeros(index.shape)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.prior_index is not None:
+            self.prior_index = self.prior_index.long()
+        self._renew_search()
+
+    def slots(self) -> tuple[Tensor, Tensor]:
+        r"""Index and weight :obj:`[M, k]` of every slot, those of the prior last."""
         return self._fused(self.prior_index)[:2]
 
     def _fused(self, prior_index: Tensor | None) -> tuple[Tensor, Tensor, Pattern | None]:
@@ -194,7 +372,7 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
     def mapping(self) -> Mapping:
         r"""The mapping that :meth:`forward` applies: learned, and fused with the prior, equation
         (7)."""
-        return Mapping(*self._slots(), self.num_source)
+        return Mapping(*self.slots(), self.num_source)
 
     def _dense(self) -> Tensor:
         # Slots for all source vertices would be gathered one by one: they are a matrix product.
@@ -204,26 +382,13 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
         prior_weight = (1 - self.fusion_weight) * self.prior_weight.to(matrix.dtype)
         return (self.fusion_weight * matrix).scatter_add(1, self.prior_index, prior_weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Maps features from source to target vertices."""
-        return on_rows(x, self.num_source, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
-        network transposes its features only once."""
+    def rows_forward(self, x: Tensor) -> Tensor:
         if self.k is not None:
             index, weight, transposed = self._fused(self.prior_index)
             return map_rows(index, weight, x, self.num_source, transposed)
         with torch.autocast(x.device.type, enabled=False):  # the result is of the type of x
             y = self._dense().to(x.dtype) @ x.reshape(self.num_source, -1)
         return y.view(self.num_target, *x.shape[1:])
-
-    def freeze(self) -> MappingPool:
-        r"""The layer without its parameters: the mapping as it is now, for inference."""
-        with torch.no_grad():
-            frozen = MappingPool(self.mapping())
-        frozen.dummy_weight = self.dummy_weight
-        return frozen
 
     def __repr__(self) -> str:
         return (
@@ -232,104 +397,7 @@ class _AttentionMapping(MatrixProtocol, torch.nn.Module):
         )
 
 
-class AttentionPool(_AttentionMapping):
-    r"""The learned pooling of mesh features from the `"Learning Feature Aggregation for Deep 3D
-    Morphable Models" <https://arxiv.org/abs/2105.02173>`_ paper
-
-    .. math::
-        \mathbf{y}_i = \sum_{j \in \mathcal{N}_i} m_{ij} \, \mathbf{x}_j, \qquad
-        m_{ij} = w_a \, a_{ij} + (1 - w_a) \, p_{ij}
-
-    where :math:`\mathcal{N}_i` are the :math:`k` source vertices whose keys are closest to the
-    query of target vertex :math:`i` by their cosine
-    :math:`s_{ij} = \cos(\mathbf{q}_i, \mathbf{k}_j)`, the attention is
-    :math:`a_{ij} = s_{ij} / \sum_{j^{\prime} \in \mathcal{N}_i} s_{ij^{\prime}}` over them
-    (scores below :math:`10^{-25}` count as that), :math:`\mathbf{P}` is a precomputed prior and
-    :math:`w_a` a learned scalar. Keys and queries are parameters shared by all samples; after
-    training, :meth:`freeze` leaves a fixed sparse matrix.
-
-    From call to call the search for the closest keys remembers what it has found
-    (:class:`~pyg_attnpool.ops.search.Search`), which changes no result. With
-    :obj:`layer.search = None` every call searches in full.
-
-    Args:
-        num_source (int): The number of source vertices :math:`N`.
-        num_target (int): The number of target vertices :math:`M`.
-        channels (int, optional): Size of each key and query. (default: :obj:`21`)
-        k (int, optional): The number of source vertices kept per target vertex. If :obj:`None`,
-            all are kept and applied as a dense matrix, for small levels. (default: :obj:`2`)
-        prior (Mapping, optional): The precomputed mapping :math:`\mathbf{P}`, or any matrix that
-            :meth:`Mapping.from_matrix` takes. If :obj:`None`, the attention stands alone.
-            (default: :obj:`None`)
-        fusion_weight (float, optional): The initial :math:`w_a`. Where it is negative, the mapping
-            sharpens: what the attention averages is subtracted from the prior's. With
-            :obj:`init="lifted"` and :obj:`normalization="softmax"`, :obj:`-2.0` is the best
-            start that the experiments found.
-            (default: :obj:`0.2`)
-        source_pos (torch.Tensor, optional): Positions :obj:`[N, 3]` of the source vertices,
-            normalised as by :meth:`MeshHierarchy.positions`: centred by the mean and divided by
-            the standard deviation of the template. (default: :obj:`None`)
-        target_pos (torch.Tensor, optional): The same :obj:`[M, 3]` for the target vertices.
-            (default: :obj:`None`)
-        init (str, optional): How keys and queries start (default: :obj:`"positions"`):
-
-            1. :obj:`"positions"`: 0.1 times the position in the first three channels plus
-            0.1 U(0, 1) in all; only the latter without positions
-
-            2. :obj:`"lifted"`: positions lifted to the sphere by
-            :math:`\mathbf{p} \mapsto (2 \mathbf{p}, |\mathbf{p}|^2 - 1) / (|\mathbf{p}|^2 + 1)` in
-            the first four channels plus N(0, 0.02²) in all, so that the first
-            :math:`\mathcal{N}_i` are about the nearest vertices
-
-            3. :obj:`"normal"`: 0.1 N(0, 1)
-
-            4. :obj:`"uniform"`: 0.1 U(0, 1)
-        normalization (str, optional): :obj:`"sum"` divides the kept scores by their sum,
-            :obj:`"softmax"` takes the softmax of :math:`\beta s_{ij}` with a learned
-            :math:`\beta = \exp(\textrm{log\_beta})`, started at 3 over the mean gap between a
-            row's largest and smallest kept score, or with :obj:`k=None` between its largest and
-            the one that the default :obj:`k` would keep last. (default: :obj:`"sum"`)
-
-    Shapes:
-        - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
-          :math:`(B \cdot N, F)`
-        - **output:** features :math:`(M, F)`, :math:`(B, M, F)` or :math:`(B \cdot M, F)`
-
-    Raises:
-        ValueError: If :obj:`k` exceeds :obj:`num_source`, the prior or positions do not fit the
-            vertex counts, or an option is unknown.
-    """
-
-    _default_k = 2
-
-    def __init__(
-        self,
-        num_source: int,
-        num_target: int,
-        channels: int = 21,
-        k: int | None = _default_k,
-        prior: Any = None,
-        fusion_weight: float = 0.2,
-        source_pos: Tensor | None = None,
-        target_pos: Tensor | None = None,
-        init: str = "positions",
-        normalization: str = "sum",
-    ):
-        super().__init__(
-            num_source,
-            num_target,
-            channels,
-            k,
-            prior,
-            fusion_weight,
-            source_pos,
-            target_pos,
-            init,
-            normalization,
-        )
-
-
-class AttentionUnpool(_AttentionMapping):
+class AttentionUnpool(AttentionPool):
     r"""The learned unpooling of mesh features from the `"Learning Feature Aggregation for Deep 3D
     Morphable Models" <https://arxiv.org/abs/2105.02173>`_ paper: the layer of
     :class:`AttentionPool`, from coarse source vertices to fine target vertices, with more source
@@ -342,16 +410,7 @@ class AttentionUnpool(_AttentionMapping):
         k (int, optional): The number of source vertices kept per target vertex, at most
             :obj:`num_source`. If :obj:`None`, all are kept and applied as a dense matrix, for
             small levels. (default: :obj:`32`)
-        prior (Mapping, optional): As in :class:`AttentionPool`. (default: :obj:`None`)
-        fusion_weight (float, optional): The initial :math:`w_a`. Where it is negative, the mapping
-            sharpens: what the attention averages is subtracted from the prior's. With
-            :obj:`init="lifted"` and :obj:`normalization="softmax"`, :obj:`-2.0` is the best
-            start that the experiments found.
-            (default: :obj:`0.2`)
-        source_pos (torch.Tensor, optional): As in :class:`AttentionPool`. (default: :obj:`None`)
-        target_pos (torch.Tensor, optional): As in :class:`AttentionPool`. (default: :obj:`None`)
-        init (str, optional): As in :class:`AttentionPool`. (default: :obj:`"positions"`)
-        normalization (str, optional): As in :class:`AttentionPool`. (default: :obj:`"sum"`)
+        **kwargs (optional): Further arguments of :class:`AttentionPool`.
 
     Shapes:
         - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
@@ -360,35 +419,29 @@ class AttentionUnpool(_AttentionMapping):
 
     Raises:
         ValueError: As :class:`AttentionPool` does.
+
+    Example:
+        >>> unpool = AttentionUnpool(40, 100)
+        >>> unpool(torch.randn(8, 40, 16)).shape
+        torch.Size([8, 100, 16])
     """
 
-    _default_k = 32
+    default_k = K_UNPOOL
 
     def __init__(
         self,
         num_source: int,
         num_target: int,
         channels: int = 21,
-        k: int | None = _default_k,
-        prior: Any = None,
-        fusion_weight: float = 0.2,
-        source_pos: Tensor | None = None,
-        target_pos: Tensor | None = None,
-        init: str = "positions",
-        normalization: str = "sum",
+        k: int | None = K_UNPOOL,
+        *args: Any,
+        **kwargs: Any,
     ):
-        super().__init__(
-            num_source,
-            num_target,
-            channels,
-            k,
-            prior,
-            fusion_weight,
-            source_pos,
-            target_pos,
-            init,
-            normalization,
-        )
+        super().__init__(num_source, num_target, channels, k, *args, **kwargs)
+
+    @staticmethod
+    def _levels(level: int) -> tuple[int, int]:
+        return level + 1, level
 
 
 def _split_dummy(matrix: Any) -> tuple[Any, float | None]:
@@ -419,26 +472,41 @@ def _check_positions(name: str, pos: Tensor | None, num_nodes: int) -> Tensor | 
         raise ValueError(f"Expected '{name}' of shape [{num_nodes}, 3] (got {list(pos.shape)})")
     if not torch.isfinite(pos).all():
         raise ValueError(f"Expected finite '{name}' (got NaN or infinity)")
-    return pos.detach().clone()
+    return pos.detach().to(torch.get_default_dtype(), copy=True)
 
 
-def _check_init(init: str, channels: int, *positions: Tensor | None):
-    needed = {"positions": 3, "lifted": 4, "normal": 1, "uniform": 1}
-    if init not in needed:
-        raise ValueError(f"Expected 'init' to be one of {list(needed)} (got {init!r})")
-    missing = [pos is None for pos in positions]
-    if any(missing) and (init == "lifted" or not all(missing)):
+def _check_init(
+    init: str | None,
+    channels: int,
+    prior: Mapping | None,
+    source_pos: Tensor | None,
+    target_pos: Tensor | None,
+) -> str:
+    missing = [pos is None for pos in (source_pos, target_pos)]
+    if init is None:
+        if any(missing) and not all(missing):
+            raise ValueError("Expected both 'source_pos' and 'target_pos' (got None for one)")
+        if not any(missing):
+            init = "lifted"
+        else:
+            init = "normal" if prior is None else "prior"
+    if init not in NEEDED:
+        raise ValueError(f"Expected 'init' to be one of {list(NEEDED)} (got {init!r})")
+    if any(missing) and (init == "lifted" or (init == "positions" and not all(missing))):
         raise ValueError(
             f"Expected 'source_pos' and 'target_pos' for init={init!r} (got None for one or both)"
         )
-    if channels < needed[init] and not any(missing):
+    if init == "prior" and prior is None:
+        raise ValueError("Expected a 'prior' for init='prior' (got None)")
+    if channels < NEEDED[init] and not (init == "positions" and all(missing)):
         raise ValueError(
-            f"Expected at least {needed[init]} 'channels' for init={init!r} (got {channels})"
+            f"Expected at least {NEEDED[init]} 'channels' for init={init!r} (got {channels})"
         )
+    return init
 
 
-def _init_vectors(vectors: Tensor, pos: Tensor | None, init: str):
-    if init == "lifted":
+def _init_vectors(vectors: Tensor, pos: Tensor | None, init: str) -> None:
+    if init == "lifted" and pos is not None:
         square = pos.square().sum(dim=-1, keepdim=True)
         vectors.normal_(std=0.02)
         vectors[:, :4] += (torch.cat([2 * pos, square - 1], dim=-1) / (square + 1)).to(
@@ -450,3 +518,27 @@ def _init_vectors(vectors: Tensor, pos: Tensor | None, init: str):
         vectors.uniform_(0, 0.1)
         if init == "positions" and pos is not None:
             vectors[:, :3] += 0.1 * pos
+
+
+def _vectors_of_prior(
+    index: Tensor, weight: Tensor, num_source: int, channels: int
+) -> tuple[Tensor, Tensor]:
+    # Random keys take the mean of what the prior connects them with, again and again. Made
+    # orthogonal in every step, the channels tend to the smoothest functions on the source
+    # vertices, by which neighbours are alike and distant vertices are not. A source vertex that
+    # the prior does not take keeps its own random key.
+    weight = weight.abs()
+    weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-12)
+    slots = weight.unsqueeze(-1)
+    total = weight.new_zeros(num_source).index_add(0, index.flatten(), weight.flatten())
+    taken = (total > 0).unsqueeze(-1)
+    total = total.clamp(min=1e-12).unsqueeze(-1)
+    key = torch.randn(num_source, channels, device=weight.device).to(weight.dtype)
+    for _ in range(SMOOTHING):
+        query = (slots * key[index]).sum(dim=1)
+        entries = (slots * query.unsqueeze(1)).flatten(0, 1)
+        mean = torch.zeros_like(key).index_add(0, index.flatten(), entries) / total
+        key = torch.where(taken, (key + mean) / 2, key)
+        key = torch.linalg.qr(key).Q if num_source >= channels else F.normalize(key, dim=0)
+    key = F.normalize(key, dim=1)
+    return key, (slots * key[index]).sum(dim=1)

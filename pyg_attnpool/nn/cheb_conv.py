@@ -5,11 +5,11 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
+from pyg_attnpool.nn.base import VertexLayer
 from pyg_attnpool.ops.cheb import cheb_conv
-from pyg_attnpool.ops.layout import on_rows
 
 
-class StaticChebConv(torch.nn.Module):
+class StaticChebConv(VertexLayer):
     r"""The chebyshev spectral graph convolutional operator from the `"Convolutional Neural
     Networks on Graphs with Fast Localized Spectral Filtering"
     <https://arxiv.org/abs/1606.09375>`_ paper, for one graph that never changes
@@ -62,7 +62,7 @@ class StaticChebConv(torch.nn.Module):
 
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.num_nodes = num_nodes
+        self.num_source = num_nodes
         self.lins = torch.nn.ModuleList(
             Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
             for _ in range(K)
@@ -75,21 +75,18 @@ class StaticChebConv(torch.nn.Module):
 
         self.reset_parameters()
 
-    def reset_parameters(self):
+    @property
+    def num_nodes(self) -> int:
+        r"""The number of nodes :math:`N`."""
+        return self.num_source
+
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         for lin in self.lins:
             lin.reset_parameters()
         zeros(self.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Convolves the features of all nodes."""
-        if x.size(-1) != self.in_channels:
-            raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")
-        return on_rows(x, self.num_nodes, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[N, B, F']`, so that a
-        network transposes its features only once."""
+    def rows_forward(self, x: Tensor) -> Tensor:
         weight = torch.stack([lin.weight.t() for lin in self.lins])
         laplacian = self.rowptr, self.col, self.laplacian
         return cheb_conv(laplacian, x, weight, self.bias)

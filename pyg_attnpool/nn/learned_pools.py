@@ -9,13 +9,11 @@ from torch_geometric.nn.inits import glorot
 
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.nn.base import PatternPool, PoolingLayer, VertexLayer
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
-from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.ops.layout import on_rows
-from pyg_attnpool.ops.sparse import ell_rowptr, map_rows, transpose
 
 
-class FullPool(torch.nn.Module):
+class FullPool(PoolingLayer):
     r"""Pooling or unpooling whose whole mapping matrix is a parameter:
 
     .. math::
@@ -44,17 +42,11 @@ class FullPool(torch.nn.Module):
         self.weight = Parameter(torch.empty(num_target, num_source))
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         glorot(self.weight)
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Maps features from source to target vertices."""
-        return on_rows(x, self.num_source, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
-        network transposes its features only once."""
+    def rows_forward(self, x: Tensor) -> Tensor:
         return torch.einsum("mn,nbf->mbf", self.weight, x)
 
     def mapping(self) -> Mapping:
@@ -62,15 +54,8 @@ class FullPool(torch.nn.Module):
         index = torch.arange(self.num_source, device=self.weight.device)
         return Mapping(index.repeat(self.num_target, 1), self.weight, self.num_source)
 
-    def freeze(self) -> MappingPool:
-        r"""The layer without its parameters. It is no smaller: the matrix is dense."""
-        return MappingPool(self.mapping())
 
-    def __repr__(self) -> str:
-        return f"{self.__class__.__name__}({self.num_source}, {self.num_target})"
-
-
-class WeightedPool(torch.nn.Module):
+class WeightedPool(PatternPool):
     r"""Pooling or unpooling over fixed neighbourhoods with a trainable weight per neighbour:
 
     .. math::
@@ -86,56 +71,27 @@ class WeightedPool(torch.nn.Module):
         - **output:** the same with :math:`M` target vertices
     """
 
-    index: Tensor
     initial_weight: Tensor
+    _of_slots = ("index", "weight", "initial_weight")
 
     def __init__(self, mapping: Any):
-        super().__init__()
         mapping = Mapping.from_matrix(mapping).detach()
-        self.num_source = mapping.num_source
-        self.num_target = mapping.num_target
+        super().__init__(mapping)
         self.weight = Parameter(torch.empty_like(mapping.weight))
-        self.register_buffer("index", mapping.index.clone())
         self.register_buffer("initial_weight", mapping.weight.clone())
-        pattern = transpose(ell_rowptr(mapping.index), mapping.index.flatten(), self.num_source)
-        for name, tensor in zip(("rowptr_t", "col_t", "perm"), pattern, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
         self.reset_parameters()
 
     @torch.no_grad()
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         self.weight.copy_(self.initial_weight)
 
-    def _used(self) -> Tensor:
-        return self.weight * (self.initial_weight != 0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Maps features from source to target vertices."""
-        return on_rows(x, self.num_source, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
-        network transposes its features only once."""
-        transposed = self.rowptr_t, self.col_t, self.perm
-        return map_rows(self.index, self._used(), x, self.num_source, transposed)
-
-    def mapping(self) -> Mapping:
-        r"""The mapping that :meth:`forward` applies, differentiable."""
-        return Mapping(self.index, self._used(), self.num_source)
-
-    def freeze(self) -> MappingPool:
-        r"""The layer without its parameters."""
-        return MappingPool(self.mapping())
-
-    def __repr__(self) -> str:
-        return (
-            f"{self.__class__.__name__}({self.num_source}, {self.num_target}, "
-            f"k={self.index.size(1)})"
-        )
+    def slots(self) -> tuple[Tensor, Tensor]:
+        r"""Index and weight :obj:`[M, k]` of every slot; zero where there is no neighbour."""
+        return self.index, self.weight * (self.initial_weight != 0)
 
 
-class DiffPool(torch.nn.Module):
+class DiffPool(VertexLayer):
     r"""The differentiable pooling from the `"Hierarchical Graph Representation Learning with
     Differentiable Pooling" <https://arxiv.org/abs/1806.08804>`_ paper, with a graph convolution of
     the features themselves as the network that assigns:
@@ -167,24 +123,14 @@ class DiffPool(torch.nn.Module):
         self.num_target = num_target
         self.conv = StaticChebConv(in_channels, num_target, K, edge_index, num_source)
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         self.conv.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Maps features from source to target vertices."""
-        return on_rows(x, self.num_source, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`, so that a
-        network transposes its features only once."""
-        assignment = self.conv.rows(x).softmax(dim=-1)
+    def rows_forward(self, x: Tensor) -> Tensor:
+        assignment = self.conv(x, rows=True).softmax(dim=-1)
         # In this order the gradient of the assignment, the largest tensor, lies as it does.
         return (x.permute(1, 2, 0) @ assignment.transpose(0, 1)).permute(2, 0, 1)
-
-    def freeze(self) -> MappingPool:
-        r"""Raises a :class:`ValueError`."""
-        raise ValueError("Expected a mapping to freeze (got one that depends on the features)")
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.num_source}, {self.num_target})"

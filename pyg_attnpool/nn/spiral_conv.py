@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.dense.linear import Linear
 
-from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.nn.base import VertexLayer
 from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
 PATTERN = ("spirals", "rowptr", "col", "slot", "rowptr_t", "col_t", "slot_t")
 
 
-class SpiralConv(torch.nn.Module):
+class SpiralConv(VertexLayer):
     r"""The spiral convolution from the `"Neural 3D Morphable Models"
     <https://arxiv.org/abs/1905.02876>`_ paper
 
@@ -54,26 +54,23 @@ class SpiralConv(torch.nn.Module):
 
         self.in_channels = in_channels
         self.out_channels = out_channels
-        self.num_nodes = num_nodes
+        self.num_source = num_nodes
         self.length = length
         self.lin = Linear(length * in_channels, out_channels, bias=bias)
         # Not persistent: weights are weights of any mesh of this size, as those of a graph are.
         for name, tensor in zip(PATTERN, spiral_pattern(spirals.long()), strict=True):
             self.register_buffer(name, tensor, persistent=False)
 
-    def reset_parameters(self):
+    @property
+    def num_nodes(self) -> int:
+        r"""The number of nodes :math:`N`."""
+        return self.num_source
+
+    def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         self.lin.reset_parameters()
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Convolves the features of all vertices."""
-        if x.size(-1) != self.in_channels:
-            raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")
-        return on_rows(x, self.num_nodes, self.rows)
-
-    def rows(self, x: Tensor) -> Tensor:
-        r"""As :meth:`forward`, from rows :obj:`[N, B, F]` to rows :obj:`[N, B, F']`, so that a
-        network transposes its features only once."""
+    def rows_forward(self, x: Tensor) -> Tensor:
         weight = self.lin.weight.view(self.out_channels, self.length, self.in_channels)
         pattern = tuple(getattr(self, name) for name in PATTERN)
         return spiral_conv(pattern, x, weight.permute(1, 2, 0), self.lin.bias)

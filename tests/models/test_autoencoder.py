@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyg_attnpool import AttentionPool, AttentionUnpool, Mapping, MappingPool
-from pyg_attnpool.export import freeze_attention
+from pyg_attnpool import AttentionPool, AttentionUnpool, Mapping, MappingPool, freeze
 from pyg_attnpool.models import MeshAutoencoder, coma
 
 COMA_SIZES = [5023, 1256, 314, 79, 20]
@@ -54,9 +53,11 @@ def count(model):
 @pytest.mark.parametrize("wider,expected", [(False, 30_056), (True, 179_656)])
 def test_parameter_counts_at_the_sizes_of_coma(wider, expected, coma_hierarchy):
     assert count(coma(coma_hierarchy, "qem", wider=wider)) == expected
-    model = coma(coma_hierarchy, "attention", wider=wider)
+    model = coma(coma_hierarchy, "attention", wider=wider, variant="published")
     assert count(model) == expected + 350_330
-    assert count(freeze_attention(model)) == expected
+    # By default a temperature for each of the eight layers beside.
+    assert count(coma(coma_hierarchy, "attention", wider=wider)) == expected + 350_338
+    assert count(freeze(model)) == expected
 
 
 def test_one_training_step_at_the_sizes_of_coma(coma_hierarchy):
@@ -91,8 +92,8 @@ def test_priors_are_those_of_the_hierarchy(hierarchy):
         assert torch.equal(pool.mapping().to_dense(), mapping.to_dense())
 
 
-def test_keys_and_queries_start_at_the_positions_of_their_levels(hierarchy):
-    model = MeshAutoencoder(hierarchy, down="attention")
+def test_published_keys_and_queries_start_at_the_positions_of_their_levels(hierarchy):
+    model = MeshAutoencoder(hierarchy, down="attention", variant="published")
     for level in range(4):
         pool, unpool = model.pools[level], model.unpools[3 - level]
         for fine, coarse in ((pool.key, pool.query), (unpool.query, unpool.key)):
@@ -114,17 +115,17 @@ def test_frozen_model_computes_the_same_and_loads_its_own_state(hierarchy):
     x = torch.randn(2, 40, 3)
     model = coma(hierarchy, "attention")
     expected = model(x)
-    frozen = freeze_attention(copy.deepcopy(model))
+    frozen = freeze(copy.deepcopy(model))
     assert_close(frozen(x), expected)
-    other = freeze_attention(coma(RingHierarchy(SMALL_SIZES), "attention"))
+    other = freeze(coma(RingHierarchy(SMALL_SIZES), "attention"))
     other.load_state_dict(frozen.state_dict())
     assert torch.equal(other(x), frozen(x))
 
 
 def test_latent_activation(hierarchy):
     x = torch.randn(64, 40, 3)
-    published = coma(hierarchy)
-    linear = coma(hierarchy, latent_activation=None)
+    published = coma(hierarchy, variant="published")
+    linear = coma(hierarchy)
     linear.load_state_dict(published.state_dict())
     assert linear.encode(x).min() < 0
     assert torch.equal(published.encode(x), linear.encode(x).relu())
@@ -166,15 +167,16 @@ def test_compiles_without_graph_breaks(hierarchy, compiled, device):
 
 
 BAD = {
-    "conv": ({"conv": "graph"}, r"'conv'.*\(got 'graph'\)"),
-    "down": ({"down": "max"}, r"by one of .*'variant'\) \(got 'max'\)"),
-    "up": ({"up": "max"}, r"by one of .*'variant'\) \(got 'max'\)"),
-    "encoder": ({"encoder_channels": (3, 8)}, r"5 'encoder_channels'.*5 levels \(got 2 and 6\)"),
-    "decoder": ({"decoder_channels": (8, 3)}, r"6 'decoder_channels'.*5 levels \(got 5 and 2\)"),
+    "conv": ({"conv": "graph"}, r"a convolution 'cheb'.*\(got 'graph'\)"),
+    "down": ({"down": "max"}, r"a pooling of .*'variant'\] \(got 'max'\)"),
+    "up": ({"up": "max"}, r"a pooling of .*'variant'\] \(got 'max'\)"),
+    "encoder": ({"channels": (8,)}, r"4 'channels'.*5 levels \(got 1 and 2\)"),
+    "decoder": ({"decoder_channels": (8, 3)}, r"5 'decoder_channels'.*5 levels \(got 4 and 2\)"),
+    "variant": ({"variant": "paper"}, r"'default' or 'published' \(got 'paper'\)"),
     "latent": ({"latent_channels": 0}, r"positive \(got 0\)"),
     "activation": ({"latent_activation": "tanh"}, r"or None \(got 'tanh'\)"),
     "pooling arguments": ({"down_kwargs": {"k": 2}}, r"no pooling arguments.*\(got \['k'\]\)"),
-    "K": ({"K": 0}, r"at least 1 \(got 0\)"),
+    "K": ({"conv_kwargs": {"K": 0}}, r"at least 1 \(got 0\)"),
 }
 
 

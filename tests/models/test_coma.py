@@ -26,8 +26,9 @@ def make_model(hierarchy, pool):
     return coma(
         hierarchy,
         pool,
-        encoder_channels=(3, 8, 16),
-        decoder_channels=(16, 8, 8, 3),
+        channels=(8, 16),
+        decoder_channels=(16, 8, 8),
+        variant="published",
         down_kwargs={"channels": 9, "k": 2} if attention else None,
         up_kwargs={"channels": 9, "k": 6} if attention else None,
     )

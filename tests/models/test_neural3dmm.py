@@ -6,12 +6,12 @@ import torch
 from torch.nn.functional import elu
 from torch.testing import assert_close
 
-from pyg_attnpool import MeshHierarchy, SpiralConv, freeze_attention
+from pyg_attnpool import MeshHierarchy, SpiralConv, freeze
 from pyg_attnpool.mesh import spiral_sequences
 from pyg_attnpool.models import neural3dmm
 from tests.mesh.meshes import blob
 
-SMALL = dict(encoder_channels=(3, 4, 5), decoder_channels=(5, 4, 3, 3), latent_channels=3)
+SMALL = dict(channels=(4, 5), decoder_channels=(5, 4, 3), latent_channels=3)
 ATTENTION = dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
 REFERENCE = 7
 
@@ -82,10 +82,10 @@ def test_parameters_are_those_counted_by_hand(wider):
     by_hand += lengths[0] * up[-1] * 3 + 3  # the last convolution
     by_hand += n[-1] * down[-1] * 8 + 8 + 8 * n[-1] * up[0] + n[-1] * up[0]
     assert counts["qem"] == by_hand
-    # A key and a query per vertex of both ends, down and up, and a fusion weight per layer.
+    # A key and a query per vertex of both ends, down and up; w_a and temperature of every layer.
     keys = 2 * 21 * sum(a + b for a, b in itertools.pairwise(n))
-    assert counts["attention"] == by_hand + keys + 2 * (len(n) - 1)
-    assert sum(p.numel() for p in freeze_attention(model).parameters()) == by_hand
+    assert counts["attention"] == by_hand + keys + 4 * (len(n) - 1)
+    assert sum(p.numel() for p in freeze(model).parameters()) == by_hand
 
 
 def test_settings_of_the_first_paper(hierarchy):

@@ -4,12 +4,12 @@ from torch.testing import assert_close
 
 from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, freeze_attention
 from pyg_attnpool.models import MeshAutoencoder
-from pyg_attnpool.models.autoencoder import POOLINGS
 from pyg_attnpool.nn import DiffPool, FullPool, MappingPool, WeightedPool
 from pyg_attnpool.nn.learned_pools import average_mapping, ring_mapping
+from pyg_attnpool.nn.resolver import POOLINGS
 from tests.mesh.meshes import blob
 
-SMALL = dict(encoder_channels=(3, 4, 5), decoder_channels=(6, 4, 3, 3), latent_channels=3)
+SMALL = dict(channels=(4, 5), decoder_channels=(6, 4, 3), latent_channels=3)
 CLASSES = {
     "qem": (MappingPool, MappingPool),
     "attention": (AttentionPool, AttentionUnpool),

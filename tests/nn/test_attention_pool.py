@@ -70,17 +70,17 @@ def test_output_and_all_gradients_equal_reference(layer, device):
     wanted = torch.autograd.grad(expected, (x, *parameters), cotangent)
     for name, grad, other in zip(("x", *names), found, wanted, strict=True):
         # Over one kept source alone, attention is constant.
-        constant = layer.k == 1 and name in ("key", "query")
+        constant = layer.k == 1 and name in ("key", "query", "log_beta")
         assert (grad.abs().max() > 1e-3) != constant, name
         assert_close(grad, other, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def test_parameters_are_the_documented_ones(device):
     table = [
-        ({}, {"key", "query", "fusion_weight"}),
-        ({"prior": False}, {"key", "query"}),
-        ({"normalization": "softmax"}, {"key", "query", "fusion_weight", "log_beta"}),
-        ({"normalization": "softmax", "prior": False}, {"key", "query", "log_beta"}),
+        ({"normalization": "sum"}, {"key", "query", "fusion_weight"}),
+        ({"normalization": "sum", "prior": False}, {"key", "query"}),
+        ({}, {"key", "query", "fusion_weight", "log_beta"}),
+        ({"prior": False}, {"key", "query", "log_beta"}),
     ]
     for kwargs, names in table:
         layer = make(device, **kwargs)
@@ -90,10 +90,28 @@ def test_parameters_are_the_documented_ones(device):
     assert layer.key.shape == (N, 6) and layer.query.shape == (M, 6)
 
 
-def test_defaults_are_those_of_the_paper():
-    pool, unpool = AttentionPool(50, 40, prior=random_prior(50, 40)), AttentionUnpool(40, 50)
+def test_published_settings_are_those_of_the_paper():
+    pos = {"source_pos": positions(50), "target_pos": positions(40)}
+    pool = AttentionPool.published(50, 40, prior=random_prior(50, 40), **pos)
+    unpool = AttentionUnpool.published(40, 50)
+    assert type(pool) is AttentionPool and type(unpool) is AttentionUnpool
     assert (pool.channels, pool.k, unpool.channels, unpool.k) == (21, 2, 21, 32)
     assert pool.fusion_weight.item() == pytest.approx(0.2) and pool.log_beta is None
+    assert pool.init == "positions"
+    assert AttentionPool.published(50, 40, fusion_weight=0.5).initial_fusion_weight == 0.5
+
+
+def test_default_starts_as_an_unsharp_mask_of_the_prior():
+    prior = random_prior(50, 40)
+    pos = {"source_pos": positions(50), "target_pos": positions(40)}
+    for kwargs, init in ((pos, "lifted"), ({}, "prior")):
+        pool = AttentionPool(50, 40, prior=prior, **kwargs)
+        assert pool.init == init and pool.fusion_weight.item() == -2
+        attention = pool.attention().to_dense()
+        assert_close(pool.mapping().to_dense(), 3 * prior.to_dense().float() - 2 * attention)
+    assert AttentionPool(50, 40).init == "normal"
+    pool, unpool = AttentionPool(50, 40), AttentionUnpool(40, 50)
+    assert (pool.channels, pool.k, unpool.channels, unpool.k) == (21, 2, 21, 32)
     assert repr(pool) == "AttentionPool(50, 40, channels=21, k=2)"
     assert repr(unpool) == "AttentionUnpool(40, 50, channels=21, k=32)"
 
@@ -203,8 +221,9 @@ def test_copies_are_equal_and_independent(copied, layer, device):
 
 def test_prior_is_a_copy():
     prior = random_prior()
-    layer = AttentionPool(N, M, prior=prior, fusion_weight=0).double()
-    expected = prior.to_dense()
+    layer = AttentionPool(N, M, prior=prior, fusion_weight=0)
+    assert layer.prior_weight.dtype == torch.float32  # that of the layer
+    expected = prior.to_dense().float()
     prior.weight.zero_()
     assert torch.equal(layer.mapping().to_dense(), expected)
 
@@ -267,7 +286,8 @@ def assert_normal(x, std):
 
 def test_init_positions():
     source, target = positions(2000), positions(1500)
-    layer = AttentionPool(2000, 1500, source_pos=source, target_pos=target).double()
+    pos = {"source_pos": source, "target_pos": target}
+    layer = AttentionPool(2000, 1500, init="positions", **pos).double()
     for vectors, pos in ((layer.key, source), (layer.query, target)):
         noise = vectors.detach().clone()
         noise[:, :3] -= 0.1 * pos
@@ -277,11 +297,31 @@ def test_init_positions():
 
 
 def test_init_uniform_and_normal():
-    for kwargs in ({}, {"init": "uniform"}):
-        layer = AttentionPool(2000, 1500, **kwargs)
+    for init in ("positions", "uniform"):
+        layer = AttentionPool(2000, 1500, init=init)
         assert_uniform(layer.key), assert_uniform(layer.query)
-    layer = AttentionPool(2000, 1500, init="normal")
-    assert_normal(layer.key.detach(), 0.1), assert_normal(layer.query.detach(), 0.1)
+    for kwargs in ({}, {"init": "normal"}):
+        layer = AttentionPool(2000, 1500, **kwargs)
+        assert_normal(layer.key.detach(), 0.1), assert_normal(layer.query.detach(), 0.1)
+
+
+@pytest.mark.parametrize("num_target", [200, 60])
+def test_init_prior_looks_at_what_the_prior_takes(num_target):
+    r"""On a ring, where every target lies between two neighbouring sources: the first receptive
+    fields contain both, and the sources about them rather than those across."""
+    num_source = 50
+    place = torch.arange(num_target) * num_source / num_target
+    left = place.long() % num_source
+    index = torch.stack([left, (left + 1) % num_source], dim=1)
+    weight = torch.stack([1 - place % 1, place % 1], dim=1)
+    layer = AttentionUnpool(num_source, num_target, k=8, prior=Mapping(index, weight, num_source))
+    found = layer.attention().index
+    used = weight > 0
+    taken = (index.unsqueeze(2) == found.unsqueeze(1)).any(dim=2)
+    assert taken[used].all()
+    distance = (found - place.unsqueeze(1)).abs()
+    distance = torch.minimum(distance, num_source - distance)
+    assert distance.median() < 4  # of random ones 12.5
 
 
 def test_init_lifted_is_the_inverse_stereographic_projection():
@@ -354,9 +394,13 @@ BAD = {
     "fusion weight": ({"fusion_weight": float("nan")}, r"finite 'fusion_weight' \(got nan\)"),
     "init": ({"init": "zeros"}, r"one of \[.*\] \(got 'zeros'\)"),
     "lifted, no positions": ({"init": "lifted"}, r"'source_pos' and 'target_pos'.*got None"),
-    "one position": ({"source_pos": POS["source_pos"]}, r"'target_pos'.*got None"),
-    "channels for positions": ({"channels": 2, **POS}, r"at least 3 'channels'.*\(got 2\)"),
-    "channels for lifted": ({"channels": 3, "init": "lifted", **POS}, r"at least 4.*\(got 3\)"),
+    "one position": ({"source_pos": POS["source_pos"]}, r"'target_pos' \(got None for one\)"),
+    "channels for positions": (
+        {"channels": 2, "init": "positions", **POS},
+        r"at least 3 'channels'.*\(got 2\)",
+    ),
+    "channels for lifted": ({"channels": 3, **POS}, r"at least 4.*\(got 3\)"),
+    "prior, no prior": ({"init": "prior"}, r"Expected a 'prior' for init='prior' \(got None\)"),
     "position size": (
         {**POS, "target_pos": torch.zeros(M, 2)},
         rf"'target_pos' of shape \[{M}, 3\] \(got \[{M}, 2\]\)",

@@ -1,13 +1,12 @@
 import copy
 
 import numpy as np
-
 import pytest
 import torch
 from torch.testing import assert_close
 from torch_geometric.nn import dense_diff_pool
 
-from pyg_attnpool import Mapping, MeshHierarchy, freeze_attention
+from pyg_attnpool import Mapping, MappingPool, MeshHierarchy, freeze
 from pyg_attnpool.nn import DiffPool, FullPool, WeightedPool
 from pyg_attnpool.nn.learned_pools import average_mapping, ring_mapping
 from pyg_attnpool.ops import reference
@@ -97,12 +96,15 @@ def test_freeze(name):
     assert not list(frozen.parameters())
     assert_close(frozen(x), layer(x))
     assert_close(layer.mapping().to_dense() @ x, layer(x))
-    assert freeze_attention(layer) is layer  # only attention goes there
+    assert type(freeze(layer)) is MappingPool
+    network = torch.nn.Sequential(layer, torch.nn.ReLU())
+    assert not list(freeze(network).parameters())
+    assert_close(network(x), layer(x).relu())
 
 
 def test_an_assignment_from_features_cannot_be_frozen():
-    with pytest.raises(ValueError, match="depends on the features"):
-        layers()["diffpool"].freeze()
+    network = torch.nn.Sequential(layers()["diffpool"])
+    assert type(freeze(network)[0]) is DiffPool and list(network.parameters())
 
 
 def test_weighted_pool_starts_as_its_mapping():

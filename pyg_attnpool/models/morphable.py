@@ -1,0 +1,421 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+from torch.nn import Module
+
+from pyg_attnpool.mesh import MeshHierarchy, read_mesh
+from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.neural3dmm import neural3dmm
+from pyg_attnpool.models.pca import PCA
+from pyg_attnpool.nn.freeze import freeze
+from pyg_attnpool.units import metres
+
+Template = str | Path | tuple[ndarray, ndarray] | MeshHierarchy
+
+
+class MorphableModel(Module):
+    r"""A morphable model of registered meshes: an autoencoder with its template, its units and the
+    statistics of its training meshes. Meshes go in and come out in metres.
+
+    .. math::
+        \mathbf{z} = \mathrm{enc}\left( \frac{\mathbf{x} - \mathbf{\mu}}{\mathbf{\sigma}} \right),
+        \qquad
+        \hat{\mathbf{x}} = \mathbf{\mu} + \mathbf{\sigma} \cdot \mathrm{dec}(\mathbf{z})
+
+    where mean :math:`\mathbf{\mu}` and standard deviation :math:`\mathbf{\sigma}` of every feature
+    of every vertex are those of the training meshes. :meth:`fit` sets them.
+
+    Args:
+        autoencoder (torch.nn.Module): A network of standardised features with :meth:`encode`
+            :obj:`[B, N, C] -> [B, latent_channels]` and :meth:`decode`, such as
+            :class:`~pyg_attnpool.models.MeshAutoencoder`, :class:`~pyg_attnpool.models.PCA` or
+            your own.
+        template (MeshHierarchy, tuple, str or Path, optional): The hierarchy, the vertices
+            :obj:`[N, 3]` in metres and faces :obj:`[F, 3]`, or a mesh file in :obj:`unit`. May be
+            left out where the autoencoder has a :obj:`hierarchy`. (default: :obj:`None`)
+        unit (str, optional): The unit of mesh files, :obj:`"m"`, :obj:`"cm"` or :obj:`"mm"`, which
+            :meth:`write_mesh` writes in. (default: :obj:`"m"`)
+
+    Raises:
+        TypeError: If the autoencoder has no :meth:`encode` and :meth:`decode`.
+        ValueError: If there is no template, or it does not fit the autoencoder.
+
+    Example:
+        >>> import numpy as np
+        >>> vertices = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1.0]])
+        >>> faces = np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+        >>> meshes = torch.from_numpy(vertices).float() + 0.01 * torch.randn(20, 4, 3)
+        >>> model = MorphableModel.pca((vertices, faces), latent_channels=2).fit(meshes)
+        >>> model.decode(model.latent_mean.unsqueeze(0)).shape
+        torch.Size([1, 4, 3])
+    """
+
+    mean: Tensor
+    std: Tensor
+    latent_mean: Tensor
+    latent_cov: Tensor
+    template: Tensor
+    r"""The template's vertices :obj:`[N, 3]` in metres."""
+    faces: Tensor
+    r"""The template's faces :obj:`[F, 3]`."""
+
+    def __init__(self, autoencoder: Module, template: Template | None = None, unit: str = "m"):
+        super().__init__()
+        missing = [name for name in ("encode", "decode") if not hasattr(autoencoder, name)]
+        if missing:
+            raise TypeError(
+                f"Expected an autoencoder with 'encode' and 'decode' (got "
+                f"{type(autoencoder).__name__} without {missing})"
+            )
+        scale = metres(unit)
+        if template is None:
+            template = getattr(autoencoder, "hierarchy", None)
+        if template is None:
+            raise ValueError(
+                "Expected a 'template' for an autoencoder without hierarchy (got None)"
+            )
+        vertices, faces, hierarchy = _template(template, scale)
+        hierarchy = getattr(autoencoder, "hierarchy", hierarchy)
+        if hierarchy is not None and len(hierarchy.vertices[0]) != len(vertices):
+            raise ValueError(
+                f"Expected a template of {len(hierarchy.vertices[0])} vertices as the "
+                f"autoencoder's hierarchy has (got {len(vertices)})"
+            )
+        self.autoencoder = autoencoder
+        self.hierarchy = hierarchy
+        self.unit = unit
+        self.summary: dict[str, Any] = {}
+        r"""What is known of the training, as JSON holds it."""
+        config = getattr(autoencoder, "config", None)
+        own = getattr(autoencoder, "mean", None)
+        in_channels = own.size(-1) if own is not None else getattr(config, "in_channels", 3)
+        dtype = torch.get_default_dtype()
+        coordinates = torch.from_numpy(vertices).to(dtype)
+        # Until there are training meshes, the model is about its template.
+        mean = torch.zeros(len(vertices), in_channels, dtype=dtype)
+        if getattr(autoencoder, "standardized", True):
+            mean[:, :3] = coordinates
+        self.register_buffer("mean", mean)
+        self.register_buffer("std", torch.ones_like(mean))
+        self.register_buffer("template", coordinates)
+        self.register_buffer("faces", torch.from_numpy(faces.copy()))
+        latent_channels = self._latent_channels()
+        self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=dtype))
+        self.register_buffer("latent_cov", torch.eye(latent_channels, dtype=dtype))
+
+    def _latent_channels(self) -> int:
+        if hasattr(self.autoencoder, "latent_channels"):
+            return int(self.autoencoder.latent_channels)
+        with torch.no_grad():
+            return self.autoencoder.encode(self.mean.new_zeros(1, *self.mean.shape)).size(1)
+
+    @classmethod
+    def coma(
+        cls,
+        template: Template,
+        latent_channels: int = 8,
+        pool: Any = "attention",
+        unit: str = "m",
+        **kwargs: Any,
+    ) -> MorphableModel:
+        r"""A model around :func:`~pyg_attnpool.models.coma`, the spectral autoencoder.
+
+        Args:
+            template (MeshHierarchy, tuple, str or Path): As in :class:`MorphableModel`; of a mesh,
+                the hierarchy is made.
+            latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
+            pool (str, optional): The aggregation, as in :func:`~pyg_attnpool.models.coma`.
+                (default: :obj:`"attention"`)
+            unit (str, optional): As in :class:`MorphableModel`. (default: :obj:`"m"`)
+            **kwargs (optional): Additional arguments of :func:`~pyg_attnpool.models.coma`.
+        """
+        return cls(coma(_hierarchy(template, unit), pool, latent_channels, **kwargs), unit=unit)
+
+    @classmethod
+    def neural3dmm(
+        cls,
+        template: Template,
+        latent_channels: int = 8,
+        pool: Any = "attention",
+        unit: str = "m",
+        **kwargs: Any,
+    ) -> MorphableModel:
+        r"""A model around :func:`~pyg_attnpool.models.neural3dmm`, the spiral autoencoder. The
+        arguments are those of :meth:`coma`."""
+        network = neural3dmm(_hierarchy(template, unit), pool, latent_channels, **kwargs)
+        return cls(network, unit=unit)
+
+    @classmethod
+    def pca(
+        cls,
+        template: Template,
+        latent_channels: int = 8,
+        unit: str = "m",
+        in_channels: int = 3,
+    ) -> MorphableModel:
+        r"""A model around :class:`~pyg_attnpool.models.PCA`, the linear one.
+
+        Args:
+            template (MeshHierarchy, tuple, str or Path): As in :class:`MorphableModel`.
+            latent_channels (int, optional): The number of components. (default: :obj:`8`)
+            unit (str, optional): As in :class:`MorphableModel`. (default: :obj:`"m"`)
+            in_channels (int, optional): The features of a vertex. (default: :obj:`3`)
+        """
+        vertices, faces, hierarchy = _template(template, metres(unit))
+        network = PCA.empty(len(vertices), latent_channels, in_channels)
+        return cls(network, hierarchy or (vertices, faces), unit)
+
+    @property
+    def num_vertices(self) -> int:
+        r"""The number of vertices :math:`N`."""
+        return self.mean.size(0)
+
+    @property
+    def in_channels(self) -> int:
+        r"""The number of features :math:`C` of a vertex; the first three are coordinates."""
+        return self.mean.size(1)
+
+    @property
+    def latent_channels(self) -> int:
+        r"""The size of the latent code."""
+        return self.latent_mean.size(0)
+
+    @property
+    def latent_std(self) -> Tensor:
+        r"""The standard deviation :obj:`[latent_channels]` of the codes of the training meshes."""
+        return self.latent_cov.diagonal().clamp(min=0).sqrt()
+
+    # Using it ########################################################################
+
+    def standardize(self, x: Tensor) -> Tensor:
+        r"""Metres to standardised features."""
+        return (x - self.mean) / self.std
+
+    def encode(self, x: Tensor) -> Tensor:
+        r"""Meshes :obj:`[B, N, C]` in metres to latent codes :obj:`[B, latent_channels]`.
+
+        Raises:
+            TypeError: If the meshes are no floating point tensor or array.
+            ValueError: If their shape does not fit.
+        """
+        x = self._checked("meshes", x, self.mean.shape)
+        if _has_values(x):
+            from pyg_attnpool.metrics import warn_millimetres
+
+            warn_millimetres("meshes", x)
+        return self.autoencoder.encode(self.standardize(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        r"""Latent codes :obj:`[B, latent_channels]` to meshes :obj:`[B, N, C]` in metres.
+
+        Raises:
+            TypeError: If the codes are no floating point tensor or array.
+            ValueError: If their shape does not fit.
+        """
+        z = self._checked("latent codes", z, self.latent_mean.shape)
+        return self.autoencoder.decode(z) * self.std + self.mean
+
+    def forward(self, x: Tensor) -> Tensor:
+        r"""Reconstructs meshes :obj:`[B, N, C]` in metres."""
+        return self.decode(self.encode(x))
+
+    def _checked(self, name: str, x: Any, shape: torch.Size) -> Tensor:
+        if isinstance(x, ndarray):
+            x = torch.from_numpy(x).to(self.mean.device)
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"Expected {name} as a floating point tensor or array (got {got})")
+        if x.dim() != len(shape) + 1 or x.shape[1:] != shape:
+            raise ValueError(f"Expected {name} of shape {['B', *shape]} (got {list(x.shape)})")
+        return x.to(self.mean.dtype)
+
+    def evaluate(self, meshes: Any, batch_size: int = 64) -> dict[str, Any]:
+        r"""The error on meshes that the model has not seen.
+
+        Args:
+            meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Test meshes :obj:`[M, N, C]`
+                in metres.
+            batch_size (int, optional): Meshes reconstructed at a time. (default: :obj:`64`)
+
+        Returns:
+            :obj:`mean`, :obj:`std` and :obj:`median` of the distance of a vertex to where it
+            should be, in millimetres; :obj:`alive`, the number of latent dimensions that vary; and
+            of more than three features :obj:`features`, the mean absolute error of each further
+            one in its own unit.
+        """
+        from pyg_attnpool.metrics import reconstruction_error
+
+        return reconstruction_error(self, meshes, batch_size)
+
+    def write_mesh(self, path: str | Path, vertices: Tensor) -> None:
+        r"""Writes one mesh with the template's faces, in the unit of the model's files.
+
+        Args:
+            path (str or Path): The file, in a format of
+                :meth:`~pyg_attnpool.mesh.write_mesh`.
+            vertices (torch.Tensor): A mesh :obj:`[N, C]` in metres. Features beyond coordinates
+                are written as :obj:`feature_3` and so on, to PLY files alone.
+
+        Raises:
+            ValueError: If the shape does not fit, or as :meth:`~pyg_attnpool.mesh.write_mesh` does.
+        """
+        from pyg_attnpool.mesh import write_mesh
+
+        (x,) = self._checked("a mesh", torch.as_tensor(vertices).unsqueeze(0), self.mean.shape)
+        array = x.numpy(force=True).astype(np.float64)
+        further = {f"feature_{i}": array[:, i : i + 1] for i in range(3, array.shape[1])}
+        coordinates = array[:, :3] / metres(self.unit)
+        write_mesh(path, coordinates, self.faces.numpy(force=True), further or None)
+
+    # Making it #######################################################################
+
+    def fit(self, train: Any, val: Any = None, **kwargs: Any) -> MorphableModel:
+        r"""Trains the model and leaves it with the weights of its best validation error and the
+        statistics of the training meshes; see :func:`pyg_attnpool.training.fit` for all arguments
+        (extra :obj:`train`; PCA needs none).
+
+        Args:
+            train (torch.Tensor, MeshDataset, numpy.ndarray or list): Training meshes
+                :obj:`[M, N, C]` in metres.
+            val (torch.Tensor, MeshDataset, numpy.ndarray or list, optional): Validation meshes. If
+                :obj:`None`, they are split from :obj:`train`. (default: :obj:`None`)
+            **kwargs (optional): Arguments of :func:`pyg_attnpool.training.fit`, such as
+                :obj:`output` and :obj:`epochs`.
+
+        Returns:
+            The model itself.
+        """
+        from pyg_attnpool.training import fit
+
+        return fit(self, train, val, **kwargs)
+
+    @torch.no_grad()
+    def set_statistics(self, mean: Tensor, std: Tensor) -> None:
+        r"""Sets mean and standard deviation :obj:`[N, C]` of the training meshes, in metres.
+
+        Raises:
+            ValueError: If the shapes do not fit, or a standard deviation is not positive.
+        """
+        for name, value in (("mean", mean), ("std", std)):
+            if value.shape != self.mean.shape:
+                raise ValueError(
+                    f"Expected '{name}' of shape {list(self.mean.shape)} (got {list(value.shape)})"
+                )
+        if not ((std > 0) & torch.isfinite(std)).all() or not torch.isfinite(mean).all():
+            raise ValueError("Expected a finite 'mean' and a positive 'std' (got others)")
+        self.mean.copy_(mean)
+        self.std.copy_(std)
+
+    @torch.no_grad()
+    def set_latent_statistics(self, meshes: Any, batch_size: int = 64) -> None:
+        r"""Sets mean and covariance of the latent codes to those of meshes :obj:`[M, N, C]`, in
+        metres, which gives sampling and sliders their scale."""
+        from pyg_attnpool.metrics import encode_all
+
+        codes = encode_all(self, meshes, batch_size).double()
+        self.latent_mean.copy_(codes.mean(dim=0))
+        self.latent_cov.copy_(torch.atleast_2d(torch.cov(codes.t(), correction=0)))
+
+    def freeze(self) -> MorphableModel:
+        r"""Replaces learned aggregation by the matrices it has learned, in place
+        (:func:`pyg_attnpool.nn.freeze`). The model computes what it computed.
+
+        Returns:
+            The model itself.
+        """
+        freeze(self.autoencoder)
+        return self
+
+    # Sending it ######################################################################
+
+    def save(self, folder: str | Path) -> None:
+        r"""Writes the model to one folder (:mod:`pyg_attnpool.models.storage`), which takes the
+        place of an older one as a whole.
+
+        Args:
+            folder (str or Path): The folder.
+        """
+        from pyg_attnpool.models.storage import save
+
+        save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | Path, autoencoder: Module | None = None) -> MorphableModel:
+        r"""Reads a model that :meth:`save` has written, onto the CPU.
+
+        Args:
+            folder (str or Path): The folder.
+            autoencoder (torch.nn.Module, optional): A network of your own class, which the folder
+                holds the weights of but not the code. (default: :obj:`None`)
+
+        Raises:
+            FileNotFoundError: If a file is missing.
+            ValueError: If something is damaged, of a later version, or does not fit; the message
+                names the first that differs.
+        """
+        from pyg_attnpool.models.storage import load
+
+        return load(folder, autoencoder)
+
+    def export(self, path: str | Path) -> float:
+        r"""Writes the frozen model as one file that runs without this package: :obj:`.pt2`
+        (:func:`torch.export`) or :obj:`.onnx`, meshes :obj:`[B, N, C]` in metres to their
+        reconstructions. The model itself stays as it is.
+
+        Args:
+            path (str or Path): The file.
+
+        Returns:
+            The largest difference to the model, relative to its largest output.
+
+        Raises:
+            ValueError: If the ending is unknown.
+        """
+        from pyg_attnpool.export import export
+
+        example = self.mean + self.std * torch.linspace(-1, 1, 2, device=self.mean.device).view(
+            2, 1, 1
+        )
+        return export(copy.deepcopy(self).freeze(), example, path)
+
+    def __repr__(self) -> str:
+        return (
+            f"{self.__class__.__name__}({self.autoencoder.__class__.__name__}, "
+            f"num_vertices={self.num_vertices}, latent_channels={self.latent_channels}, "
+            f"unit={self.unit!r})"
+        )
+
+
+def _template(template: Template, scale: float) -> tuple[ndarray, ndarray, MeshHierarchy | None]:
+    # Vertices in metres, faces, and the hierarchy where there is one.
+    if isinstance(template, MeshHierarchy):
+        return template.vertices[0], template.faces[0], template
+    if isinstance(template, str | Path):
+        vertices, faces = read_mesh(template)
+        return scale * vertices, faces, None
+    vertices, faces = (np.asarray(a) for a in template)
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
+        raise ValueError(
+            f"Expected a template of vertices [N, 3] and faces [F, 3] "
+            f"(got {list(vertices.shape)} and {list(faces.shape)})"
+        )
+    return vertices.astype(np.float64), faces.astype(np.int64), None
+
+
+def _hierarchy(template: Template, unit: str) -> MeshHierarchy:
+    vertices, faces, hierarchy = _template(template, metres(unit))
+    return hierarchy or MeshHierarchy.from_template((vertices, faces))
+
+
+def _has_values(x: Tensor) -> bool:
+    # Not while a graph is traced or samples are batched by vmap, nor where a look waits for a GPU.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    transformed = torch._C._are_functorch_transforms_active()
+    return not traced and not transformed and x.device.type == "cpu" and x.numel() > 0

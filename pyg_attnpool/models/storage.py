@@ -1,0 +1,282 @@
+r"""The one format of a morphable model on disk, a folder of
+
+* :obj:`config.json`: version, architecture, template, unit, training, and the checksums of all
+* :obj:`model.safetensors`: weights, mappings, statistics and the template
+* :obj:`hierarchy.npz`: the levels of the template, where the architecture has any
+* :obj:`README.md`: a model card
+
+It is read with the core dependencies alone, and nothing in it is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import Module
+from torch_geometric.nn import MessagePassing
+
+from pyg_attnpool.files import replacing_folder
+from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
+from pyg_attnpool.models.pca import PCA
+from pyg_attnpool.nn.base import check_index
+from pyg_attnpool.nn.mapping_pool import MappingPool
+from pyg_attnpool.nn.resolver import pooling_resolver
+
+if TYPE_CHECKING:
+    from pyg_attnpool.models.morphable import MorphableModel
+
+FORMAT = "pyg_attnpool.MorphableModel"
+VERSION = 1
+CONFIG, WEIGHTS, HIERARCHY, CARD = "config.json", "model.safetensors", "hierarchy.npz", "README.md"
+
+
+def save(model: MorphableModel, folder: str | Path) -> None:
+    r"""Writes a model; see :meth:`MorphableModel.save`."""
+    tensors = {
+        # Copies, as the format refuses views of one storage.
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in model.state_dict().items()
+    }
+    config: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "autoencoder": _describe(model.autoencoder),
+        "unit": model.unit,
+        "template": _template_hash(tensors),
+        "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
+        "training": model.summary,
+    }
+    with replacing_folder(folder) as temporary:
+        (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
+        if model.hierarchy is not None:
+            model.hierarchy.save(temporary / HIERARCHY)
+        (temporary / CARD).write_text(_card(model, Path(folder).name), encoding="utf-8")
+        config["files"] = {
+            path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
+        }
+        config["checksum"] = _checksum(config)
+        (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableModel:
+    r"""Reads a model; see :meth:`MorphableModel.load`."""
+    from pyg_attnpool.models.morphable import MorphableModel
+
+    folder = Path(folder)
+    config = _read_config(folder)
+    content = (folder / WEIGHTS).read_bytes()
+    hierarchy = None
+    if config["hierarchy"] is not None:
+        hierarchy = MeshHierarchy.load(folder / HIERARCHY)
+    tensors = safetensors.torch.load(content)
+    try:
+        if hierarchy is not None and hierarchy.hash != config["hierarchy"]:
+            raise ValueError(f"another hierarchy, {hierarchy.hash[:16]}")
+        if _template_hash(tensors) != config["template"]:
+            raise ValueError("another template")
+        network = _network(config["autoencoder"], hierarchy, tensors, autoencoder)
+        num_vertices = len(tensors["template"])
+        check_index("faces", tensors["faces"], (None, 3), num_vertices)
+        template = tensors["template"].double().numpy(), tensors["faces"].numpy()
+        model = MorphableModel(network, hierarchy or template, config["unit"])
+        _check_state(model, tensors)
+        # Assigned, so that the type is the saved one; what is not in the file follows it.
+        model.to(tensors["mean"].dtype).load_state_dict(tensors, assign=True)
+    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
+        raise ValueError(f"Expected a model that fits its parts in {folder} (got: {e})") from e
+    model.summary = config["training"]
+    return model
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        if (folder / "model.json").exists():
+            raise ValueError(
+                f"Expected a morphable model in {folder} (got a folder of MeshAutoencoder.save of "
+                f"version 0.1, which has no units: build its network, load its "
+                f"weights.safetensors, and wrap it as MorphableModel(network))"
+            )
+        raise FileNotFoundError(f"Expected a morphable model in {folder} (got no {CONFIG})")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        format_, version = config["format"], config["version"]
+    except (ValueError, TypeError, KeyError) as e:
+        raise ValueError(f"Expected the description of a model in {path} (got: {e!r})") from e
+    if format_ != FORMAT:
+        raise ValueError(f"Expected a model of format {FORMAT} in {path} (got {format_!r})")
+    if not isinstance(version, int) or not 1 <= version <= VERSION:
+        raise ValueError(
+            f"Expected a model of version {VERSION} or before in {path} (got {version!r}): a later "
+            f"release of pyg_attnpool has written it"
+        )
+    stored = config.pop("checksum", None)
+    if stored != _checksum(config):
+        raise ValueError(f"Expected a whole {path} (got another checksum)")
+    for name, digest in config["files"].items():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"Expected {name} in {folder} (got no such file)")
+        # The card is for people, who may write on it.
+        if name != CARD and _digest((folder / name).read_bytes()) != digest:
+            raise ValueError(
+                f"Expected a whole {folder / name} (got another checksum: it is damaged, or of "
+                f"another model)"
+            )
+    return config
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def _checksum(config: dict[str, Any]) -> str:
+    return _digest(json.dumps(config, sort_keys=True).encode())
+
+
+def _template_hash(tensors: dict[str, Tensor]) -> str:
+    parts = (tensors["template"].double(), tensors["faces"].long())
+    return _digest(b"".join(part.numpy().tobytes() for part in parts))
+
+
+# Architectures ########################################################################
+
+
+def _describe(autoencoder: Module) -> dict[str, Any]:
+    if type(autoencoder) is PCA:
+        shape = autoencoder.components.shape
+        return {"type": "PCA", "latent_channels": shape[0], "in_channels": shape[2]}
+    if type(autoencoder) is MeshAutoencoder:
+        config = {
+            f.name: _named(getattr(autoencoder.config, f.name)) for f in fields(AutoencoderConfig)
+        }
+        try:
+            return {"type": "MeshAutoencoder", **json.loads(json.dumps(config))}
+        except TypeError:
+            pass  # of callables or tensors, which only its own code makes again
+    return {"type": f"{type(autoencoder).__module__}.{type(autoencoder).__qualname__}"}
+
+
+def _named(value: Any) -> Any:
+    # The name by which a resolver finds a class.
+    if inspect.isclass(value) and issubclass(value, MessagePassing):
+        return value.__name__
+    names = {"StaticChebConv": "cheb", "SpiralConv": "spiral", "MappingPool": "qem"}
+    names |= {"AttentionPool": "attention", "AttentionUnpool": "attention", "FullPool": "full"}
+    names |= {"DiffPool": "diffpool", "WeightedPool": "variant"}
+    return names.get(value.__name__, value) if inspect.isclass(value) else value
+
+
+def _network(
+    description: dict[str, Any],
+    hierarchy: MeshHierarchy | None,
+    tensors: dict[str, Tensor],
+    autoencoder: Module | None,
+) -> Module:
+    description = dict(description)
+    kind = description.pop("type")
+    if autoencoder is not None:
+        return autoencoder
+    if kind == "PCA":
+        return PCA.empty(len(tensors["template"]), **description)
+    if kind != "MeshAutoencoder":
+        raise ValueError(
+            f"a network of the class {kind}, whose code the folder does not hold: pass an instance "
+            f"as MorphableModel.load(folder, autoencoder=...)"
+        )
+    if hierarchy is None:
+        raise ValueError("a network without its hierarchy")
+    config = AutoencoderConfig(**description)
+
+    # A layer that is fixed in the file is made fixed, not learned first.
+    def restored(
+        hierarchy: MeshHierarchy, level: int, direction: str, channels: int, **kwargs: Any
+    ) -> Module:
+        down = direction == "down"
+        place = level if down else len(hierarchy.down) - 1 - level
+        prefix = f"autoencoder.{'pools' if down else 'unpools'}.{place}."
+        index = tensors.get(prefix + "index")
+        if index is not None and prefix + "initial_weight" not in tensors:
+            sizes = hierarchy.num_vertices[level : level + 2]
+            num_source, num_target = sizes if down else sizes[::-1]
+            check_index(prefix + "index", index, (num_target, None), num_source)
+            return MappingPool.empty(num_source, num_target, index.size(1))
+        query = config.down if down else config.up
+        published = config.variant == "published"
+        return pooling_resolver(query, hierarchy, level, direction, channels, published, **kwargs)
+
+    with torch.random.fork_rng(devices=[]):  # every initial value is replaced
+        network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
+    network.config = config
+    return network
+
+
+def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
+    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    for name in sorted(expected.keys() | found.keys()):
+        if name not in found:
+            raise ValueError(f"no '{name}', which the architecture has")
+        if name not in expected:
+            raise ValueError(f"'{name}', which the architecture does not have")
+        if expected[name] != found[name] and not name.endswith(("prior_index", "prior_weight")):
+            raise ValueError(f"'{name}' of shape {list(found[name])}, not {list(expected[name])}")
+
+
+# Model card ###########################################################################
+
+
+def _card(model: MorphableModel, name: str) -> str:
+    num_parameters = sum(p.numel() for p in model.parameters())
+    rows = {
+        "architecture": _architecture(model.autoencoder),
+        "vertices, faces": f"{model.num_vertices:,}, {len(model.faces):,}",
+        "features of a vertex": str(model.in_channels),
+        "latent size": str(model.latent_channels),
+        "parameters": f"{num_parameters:,}",
+        "unit of mesh files": model.unit,
+        **{key.replace("_", " "): str(value) for key, value in model.summary.items()},
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: pyg_attnpool
+tags:
+- 3d
+- mesh
+- morphable-model
+---
+
+# {name}
+
+A 3D morphable model made with pyg_attnpool.
+
+| | |
+|---|---|
+{table}
+
+```python
+from pyg_attnpool import MorphableModel
+
+model = MorphableModel.load("{name}")
+meshes = model.decode(model.latent_mean.unsqueeze(0))       # [1, N, {model.in_channels}] in metres
+model.write_mesh("mean.ply", meshes[0])
+```
+"""
+
+
+def _architecture(autoencoder: Module) -> str:
+    if not isinstance(autoencoder, MeshAutoencoder):
+        return type(autoencoder).__name__
+    config = asdict(autoencoder.config)
+    conv, down, up = (_named(config[key]) for key in ("conv", "down", "up"))
+    frozen = all(isinstance(p, MappingPool) for p in [*autoencoder.pools, *autoencoder.unpools])
+    pools = down if down == up else f"{down} down, {up} up"
+    return f"mesh autoencoder, convolution {conv}, aggregation {pools}{', frozen' * frozen}"
