@@ -198,7 +198,7 @@ def _network(
 
     # A layer that is fixed in the file is made fixed, not learned first.
     def restored(
-        hierarchy: MeshHierarchy, level: int, direction: str, channels: int, **kwargs: Any
+        hierarchy: MeshHierarchy, level: int, direction: str, in_channels: int, **kwargs: Any
     ) -> Module:
         down = direction == "down"
         place = level if down else len(hierarchy.down) - 1 - level
@@ -211,7 +211,9 @@ def _network(
             return MappingPool.empty(num_source, num_target, index.size(1))
         query = config.down if down else config.up
         published = config.variant == "published"
-        return pooling_resolver(query, hierarchy, level, direction, channels, published, **kwargs)
+        return pooling_resolver(
+            query, hierarchy, level, direction, in_channels, published, **kwargs
+        )
 
     with torch.random.fork_rng(devices=[]):  # every initial value is replaced
         network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))

@@ -35,7 +35,7 @@ def pooling_resolver(
     hierarchy: MeshHierarchy,
     level: int,
     direction: Literal["down", "up"],
-    channels: int,
+    in_channels: int,
     published: bool = False,
     **kwargs: Any,
 ) -> VertexLayer:
@@ -61,11 +61,11 @@ def pooling_resolver(
             simplification kept, :class:`~pyg_attnpool.nn.WeightedPool`
 
             or one of these classes, or a callable that makes a layer from
-            :obj:`(hierarchy, level, direction, channels, **kwargs)`.
+            :obj:`(hierarchy, level, direction, in_channels, **kwargs)`.
         hierarchy (MeshHierarchy): The levels of the template.
         level (int): The finer of the two levels.
         direction (str): :obj:`"down"` or :obj:`"up"`.
-        channels (int): Size of the features.
+        in_channels (int): Size of the features.
         published (bool, optional): If set to :obj:`True`, attention has the settings of the paper.
             (default: :obj:`False`)
         **kwargs (optional): Arguments of the layer.
@@ -87,7 +87,7 @@ def pooling_resolver(
     if not isinstance(name, str):
         if not callable(query):
             raise ValueError(f"Expected a pooling by name, class or callable (got {query!r})")
-        layer = query(hierarchy, level, direction, channels, **kwargs)
+        layer = query(hierarchy, level, direction, in_channels, **kwargs)
         return _with_rows(layer, hierarchy.num_vertices[level + (direction == "up")])
     name = name.lower()
     if name not in POOLINGS:
@@ -103,7 +103,7 @@ def pooling_resolver(
         return FullPool(num_source, num_target)
     if name == "diffpool":
         edge_index = hierarchy.edge_index(source)
-        return DiffPool(channels, num_target, edge_index, num_source, **kwargs)
+        return DiffPool(in_channels, num_target, edge_index, num_source, **kwargs)
     if name == "average":
         return MappingPool(average_mapping(hierarchy, level, up).to(dtype))
     if name == "variant":

@@ -225,7 +225,7 @@ def test_prior_is_a_copy():
     assert layer.prior_weight.dtype == torch.float32  # that of the layer
     expected = prior.to_dense().float()
     prior.weight.zero_()
-    assert torch.equal(layer.mapping().to_dense(), expected)
+    assert_close(layer.mapping().to_dense(), expected)
 
 
 def test_freeze_computes_the_same_without_parameters(layer, device):
