@@ -2,6 +2,8 @@ r"""How files are written and recognised."""
 
 import hashlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +24,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: str | Path) -> Iterator[Path]:
+    r"""Yields a temporary folder beside :obj:`path`. When the block ends without an error, it takes
+    the place of :obj:`path` as a whole; until then an older folder stays as it is."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    older = temporary.with_name(f"{temporary.name}.old")
+    try:
+        temporary.chmod(0o755)
+        yield temporary
+        if path.exists():
+            os.rename(path, older)
+        try:
+            os.rename(temporary, path)
+        except OSError:
+            if older.exists():
+                os.rename(older, path)
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(older, ignore_errors=True)
 
 
 def digest(arrays: dict[str, ndarray]) -> str:

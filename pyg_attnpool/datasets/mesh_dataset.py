@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +61,24 @@ class MeshDataset(Dataset):
         copy."""
         return self._vertices if self._indices is None else self._vertices[list(self._indices)]
 
+    @property
+    def vertices_shape(self) -> list[int]:
+        r"""The shape :obj:`[M, N, C]` of :attr:`vertices`, of which none is read."""
+        return [len(self), *self._vertices.shape[1:]]
+
     def read(self, index: Tensor) -> Tensor:
-        r"""Some meshes as a tensor :obj:`[B, N, 3]` in metres, in memory."""
+        r"""Some meshes as a tensor :obj:`[B, N, C]` in metres, in memory, each through
+        :obj:`transform`."""
         indices = self.indices()
-        return self._vertices[[indices[i] for i in index.tolist()]]
+        x = self._vertices[[indices[i] for i in index.tolist()]]
+        if self.transform is None:
+            return x
+        return torch.stack([self._transformed(mesh) for mesh in x])
+
+    def _transformed(self, mesh: Tensor) -> Tensor:
+        features = mesh[:, 3:] if mesh.size(1) > 3 else None
+        data = self.transform(Data(pos=mesh[:, :3], face=self._face, x=features))
+        return data.pos if data.x is None else torch.cat([data.pos, data.x], dim=-1)
 
     @property
     def name(self) -> list[str] | None:
@@ -216,3 +230,88 @@ def _of_every(size: int, num: int, *counts: int) -> list[Tensor]:
         start, end = end, end - (-count * block // size)
         masks.append((place >= start) & (place < end))
     return masks
+
+
+def as_meshes(meshes: Any) -> Tensor | MeshDataset:
+    r"""Meshes in any form as one tensor :obj:`[M, N, C]` of single precision, or as the data set
+    that they are.
+
+    Args:
+        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Floating point meshes
+            :obj:`[M, N, C]`, or :class:`~torch_geometric.data.Data` objects of the same vertices
+            and faces, with coordinates :obj:`pos` and further features :obj:`x`.
+
+    Raises:
+        TypeError: If they are in another form, or not floating point.
+        ValueError: If a :class:`~torch_geometric.data.Data` object differs from the first.
+    """
+    if isinstance(meshes, MeshDataset):
+        return meshes
+    if isinstance(meshes, ndarray):
+        meshes = torch.from_numpy(np.ascontiguousarray(meshes))
+    if isinstance(meshes, list | tuple) and meshes and all(isinstance(m, Data) for m in meshes):
+        meshes = torch.stack([_features(i, data, meshes[0]) for i, data in enumerate(meshes)])
+    if not isinstance(meshes, Tensor):
+        raise TypeError(
+            f"Expected meshes as a tensor, an array, a MeshDataset or a list of Data "
+            f"(got {type(meshes).__name__})"
+        )
+    if not meshes.is_floating_point():
+        raise TypeError(f"Expected floating point meshes (got {meshes.dtype})")
+    return meshes.float()
+
+
+def _features(i: int, data: Data, first: Data) -> Tensor:
+    if data.pos is None or data.pos.shape != first.pos.shape:
+        got = None if data.pos is None else list(data.pos.shape)
+        raise ValueError(
+            f"Expected 'pos' of shape {list(first.pos.shape)} in every mesh (got {got} in mesh {i})"
+        )
+    faces = data.face, first.face
+    if (faces[0] is None) != (faces[1] is None) or (
+        faces[0] is not None and not torch.equal(*faces)
+    ):
+        raise ValueError(f"Expected the faces of the first mesh in every one (got others in {i})")
+    return data.pos if data.x is None else torch.cat([data.pos, data.x.to(data.pos)], dim=-1)
+
+
+def check_meshes(
+    name: str,
+    x: Tensor | MeshDataset,
+    num_vertices: int | None = None,
+    in_channels: int | None = None,
+) -> None:
+    r"""Checks the shape of meshes and that they are finite; those of a data set are checked when
+    they are read.
+
+    Raises:
+        ValueError: If the meshes are not of shape :obj:`[M, N, C]`, or not finite.
+    """
+    shape = list(x.vertices_shape if isinstance(x, MeshDataset) else x.shape)
+    if len(shape) != 3 or shape[2] < 3 or 0 in shape:
+        raise ValueError(f"Expected {name} of shape [M, N, 3] (got {shape})")
+    if num_vertices not in (None, shape[1]):
+        raise ValueError(
+            f"Expected {name} of {num_vertices} vertices as the template has (got {shape[1]})"
+        )
+    if in_channels not in (None, shape[2]):
+        raise ValueError(
+            f"Expected {name} of {in_channels} features a vertex as the model has (got {shape[2]})"
+        )
+    if isinstance(x, Tensor):
+        check_finite(name, x, torch.arange(len(x)))
+
+
+def check_finite(name: str, x: Tensor, index: Tensor) -> Tensor:
+    r"""Meshes that are all finite; :obj:`index` are their numbers for the message."""
+    finite = torch.isfinite(x).flatten(1).all(dim=1).cpu()
+    if not finite.all():
+        first = int(index[~finite].min())
+        raise ValueError(f"Expected finite {name} (got NaN or infinity in mesh {first})")
+    return x
+
+
+def blocks(x: Tensor | MeshDataset, size: int) -> Iterator[Tensor]:
+    r"""Meshes in blocks of a size, in order."""
+    for index in torch.arange(len(x)).split(size):
+        yield x.read(index) if isinstance(x, MeshDataset) else x[index[0] : index[-1] + 1]

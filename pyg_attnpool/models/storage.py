@@ -49,7 +49,7 @@ def save(model: MorphableModel, folder: str | Path) -> None:
     config: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
-        "autoencoder": _describe(model.autoencoder),
+        "autoencoder": describe(model.autoencoder),
         "unit": model.unit,
         "template": _template_hash(tensors),
         "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
@@ -150,7 +150,9 @@ def _template_hash(tensors: dict[str, Tensor]) -> str:
 # Architectures ########################################################################
 
 
-def _describe(autoencoder: Module) -> dict[str, Any]:
+def describe(autoencoder: Module) -> dict[str, Any]:
+    r"""The architecture of a network as JSON holds it: class and arguments, or of a class of your
+    own its name."""
     if type(autoencoder) is PCA:
         shape = autoencoder.components.shape
         return {"type": "PCA", "latent_channels": shape[0], "in_channels": shape[2]}

@@ -75,7 +75,7 @@ def test_attention_without_a_prior(hierarchy):
 
 
 def test_attention_over_all_sources(hierarchy):
-    every = dict(k=None, channels=5, fusion_weight=0.5)
+    every = dict(k=None, channels=5, fusion_weight=0.5, normalization="sum")
     model = MeshAutoencoder(
         hierarchy, down="attention", down_kwargs=every, up_kwargs=every, **SMALL
     )

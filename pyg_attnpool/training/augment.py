@@ -1,0 +1,56 @@
+r"""Augmentations of a batch of meshes, as functions for :obj:`transform` of
+:func:`~pyg_attnpool.training.fit`. They draw from torch's global generator."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def rigid_motion(angle: float = 10.0, shift: float = 0.0) -> Callable[[Tensor], Tensor]:
+    r"""Turns every mesh about its own centre, and moves it.
+
+    Args:
+        angle (float, optional): The largest angle in degrees, about a random axis.
+            (default: :obj:`10.0`)
+        shift (float, optional): The standard deviation of the move along every axis, in metres.
+            (default: :obj:`0.0`)
+
+    Example:
+        >>> x = torch.randn(2, 100, 3)
+        >>> y = rigid_motion(angle=30.0)(x)
+        >>> torch.allclose(torch.pdist(y[0]), torch.pdist(x[0]), atol=1e-4)
+        True
+    """
+    if not (angle >= 0 and shift >= 0):
+        raise ValueError(f"Expected an 'angle' and 'shift' of at least 0 (got {angle} and {shift})")
+
+    def transform(x: Tensor) -> Tensor:
+        axis = torch.nn.functional.normalize(torch.randn(len(x), 3), dim=1)
+        turn = torch.deg2rad(angle * torch.rand(len(x), 1)) * axis
+        zero = torch.zeros(len(x))
+        a, b, c = turn.unbind(dim=1)
+        skew = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], dim=1).view(-1, 3, 3)
+        rotation = torch.linalg.matrix_exp(skew).to(x)
+        move = shift * torch.randn(len(x), 1, 3).to(x)
+        centre = x[..., :3].mean(dim=1, keepdim=True)
+        moved = (x[..., :3] - centre) @ rotation.mT + centre + move
+        return torch.cat([moved, x[..., 3:]], dim=-1)
+
+    return transform
+
+
+def jitter(std: float = 0.001) -> Callable[[Tensor], Tensor]:
+    r"""Adds N(0, :obj:`std`²) to every coordinate, in metres.
+
+    Args:
+        std (float, optional): The standard deviation. (default: :obj:`0.001`)
+    """
+    if not std >= 0:
+        raise ValueError(f"Expected an 'std' of at least 0 (got {std})")
+
+    def transform(x: Tensor) -> Tensor:
+        noise = std * torch.randn(*x.shape[:-1], 3).to(x)
+        return torch.cat([x[..., :3] + noise, x[..., 3:]], dim=-1)
+
+    return transform

@@ -1,0 +1,121 @@
+r"""Meshes as batches: in memory on the device of the trainer, or read while training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
+
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset, check_finite, check_meshes
+
+# Meshes beside each other that are read together, and how many such blocks at a time: in the order
+# of an epoch these 4,096 meshes, less than half a gigabyte, mix.
+BLOCK, MIXED = 64, 64
+
+
+class _Meshes(Dataset):
+    # Indexed by a whole batch at a time: one gather, no collation.
+    def __init__(self, x: Tensor | MeshDataset):
+        self.x = x
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        if isinstance(self.x, MeshDataset):
+            return check_finite("meshes", self.x.read(index), index)
+        return self.x[index]
+
+
+class _Batches(DistributedSampler):
+    # The order of an epoch follows from seed and epoch alone, so a resumed run repeats it. It is
+    # cut into one piece for each process; Lightning leaves samplers of this class alone.
+    def __init__(
+        self,
+        x: Tensor | MeshDataset,
+        batch_size: int,
+        seed: int | None,
+        rank: int = 0,
+        world_size: int = 1,
+    ):
+        super().__init__(range(len(x)), world_size, rank)
+        self.mapped = isinstance(x, MeshDataset)
+        self.device = torch.device("cpu") if self.mapped else x.device
+        self.batch_size = batch_size
+        self.order_seed = seed
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.batch_size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        # Lazily: when it resumes, Lightning makes the iterator before it sets the epoch.
+        num = len(self.dataset)
+        order = torch.arange(num)
+        if self.order_seed is not None:
+            generator = torch.Generator().manual_seed(100_003 * self.order_seed + self.epoch)
+            if self.mapped:
+                order = _in_blocks(num, generator)
+            else:
+                order = torch.randperm(num, generator=generator)
+        # As many for each process: the first ones again where that does not come out even.
+        order = order[torch.arange(self.total_size) % num]
+        order = order.chunk(self.num_replicas)[self.rank].to(self.device)  # once an epoch
+        yield from order.split(self.batch_size)
+
+
+def _in_blocks(num: int, generator: torch.Generator) -> Tensor:
+    # A random order in which meshes that are beside each other in a file are read about together.
+    blocks = torch.arange(num).split(BLOCK)
+    order = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)])
+    parts = order.split(MIXED * BLOCK)
+    return torch.cat([part[torch.randperm(len(part), generator=generator)] for part in parts])
+
+
+class MeshData(pl.LightningDataModule):
+    r"""Training and validation meshes, each as one tensor on the device of the trainer, batches
+    drawn there without worker processes, or as a data set of mapped vertices, for more than memory
+    holds: of that, an epoch reads blocks of 64 neighbours in random order, and mixes the meshes of
+    64 blocks. Several processes read disjoint parts.
+
+    Args:
+        train (torch.Tensor or MeshDataset): Training meshes :obj:`[M, N, 3]` in metres.
+        val (torch.Tensor or MeshDataset): Validation meshes :obj:`[V, N, 3]` in metres.
+        batch_size (int, optional): Meshes per step, of each process. (default: :obj:`16`)
+        seed (int, optional): Seed of the order of the meshes. (default: :obj:`0`)
+    """
+
+    def __init__(
+        self,
+        train: Tensor | MeshDataset,
+        val: Tensor | MeshDataset,
+        batch_size: int = 16,
+        seed: int = 0,
+    ):
+        super().__init__()
+        check_meshes("training meshes", train)
+        check_meshes("validation meshes", val)
+        self.train, self.val = train, val
+        self.batch_size = batch_size
+        self.seed = seed
+
+    def setup(self, stage: str):
+        device = self.trainer.strategy.root_device
+        if isinstance(self.train, Tensor):
+            self.train = self.train.to(device)
+        if isinstance(self.val, Tensor):
+            self.val = self.val.to(device)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._loader(self.train, self.batch_size, self.seed)
+
+    def val_dataloader(self) -> DataLoader:
+        return self._loader(self.val, 64, None)
+
+    def _loader(self, x: Tensor | MeshDataset, batch_size: int, seed: int | None) -> DataLoader:
+        processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        sampler = _Batches(x, batch_size, seed, *processes)
+        return DataLoader(_Meshes(x), batch_size=None, sampler=sampler)
