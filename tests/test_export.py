@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from pyg_attnpool import AttentionPool, AttentionUnpool, Mapping, MappingPool, MeshHierarchy
-from pyg_attnpool.export import export_onnx, export_torch, freeze_attention
-from pyg_attnpool.models import MeshAutoencoder, coma, neural3dmm
+from pyg_attnpool import (
+    AttentionPool,
+    AttentionUnpool,
+    Mapping,
+    MappingPool,
+    MeshHierarchy,
+    freeze_attention,
+)
+from pyg_attnpool.export import export_onnx, export_torch
+from pyg_attnpool.models import MeshAutoencoder, MorphableModel, coma, neural3dmm
 from tests.mesh.meshes import blob
 
 
@@ -86,7 +93,7 @@ CASES = [
     pytest.param(coma, "qem", marks=pytest.mark.slow),
     pytest.param(neural3dmm, "qem", marks=pytest.mark.slow),
 ]
-SMALL = dict(encoder_channels=(3, 4, 5), decoder_channels=(5, 4, 3, 3), latent_channels=3)
+SMALL = dict(channels=(4, 5), decoder_channels=(5, 4, 3), latent_channels=3)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +104,9 @@ def hierarchy():
 def make_model(hierarchy, make, pool):
     kwargs = dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
     kwargs = kwargs if pool == "attention" else {}
-    return freeze_attention(make(hierarchy, pool, K=3, **SMALL, **kwargs))
+    return freeze_attention(
+        make(hierarchy, pool, **({"K": 3} if make is coma else {}), **SMALL, **kwargs)
+    )
 
 
 def make_inputs(model, batch_size):
@@ -188,13 +197,13 @@ def test_the_export_has_the_parameters_of_the_qem_twin_and_no_training_data(tmp_
 
 
 def test_a_model_in_metres_is_exported_as_one(tmp_path, hierarchy):
-    training = pytest.importorskip("pyg_attnpool.training")
     vertices = torch.from_numpy(hierarchy.vertices[0]).float()
     x = 0.1 * vertices + 0.01 * torch.randn(6, len(vertices), 3)
-    model = training.Standardized.from_meshes(make_model(hierarchy, coma, "attention"), x)
+    model = MorphableModel(make_model(hierarchy, coma, "attention"))
+    model.set_statistics(x.mean(0), x.std(0))
     model.train()
     assert export_torch(model, x, tmp_path / "model.pt2") < 1e-5
-    assert model.training and model.model.training
+    assert model.training and model.autoencoder.training
     loaded = torch.export.load(tmp_path / "model.pt2").module()
     assert_close(loaded(x[:3]), model(x[:3]))
 
@@ -211,9 +220,9 @@ def test_a_model_that_holds_attention_is_refused(tmp_path, hierarchy, export):
     path = tmp_path / "model"
     kwargs = dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
     model = coma(hierarchy, "attention", **SMALL, **kwargs)
-    with pytest.raises(ValueError, match=r"'pools.0': 'AttentionPool'.*`freeze_attention\(model\)"):
+    with pytest.raises(ValueError, match=r"'pools.0': 'AttentionPool'.*`freeze\(model\)"):
         export(model, make_inputs(model, 2), path)
-    with pytest.raises(ValueError, match=r"AttentionPool.*`freeze_attention\(model\)"):
+    with pytest.raises(ValueError, match=r"AttentionPool.*`freeze\(model\)"):
         export(make_pool(), torch.randn(2, 9, 5), path)
     assert not path.exists()
 

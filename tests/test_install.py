@@ -11,7 +11,7 @@ import sys
 import torch
 from torch_geometric.nn import ChebConv
 import pyg_attnpool
-from pyg_attnpool import AttentionPool, Mapping, freeze_attention
+from pyg_attnpool import AttentionPool, Mapping, freeze
 
 from pyg_attnpool.ops import _cpu
 assert _cpu.AVAILABLE == (shutil.which("g++") is not None), "compiled where there is a compiler"
@@ -22,7 +22,7 @@ pool = AttentionPool(9, 4, channels=5)
 x = torch.randn(2, 9, 3)
 pool(x).sum().backward()
 assert torch.isfinite(pool.key.grad).all()
-torch.testing.assert_close(freeze_attention(pool)(x), pool(x))
+torch.testing.assert_close(freeze(pool)(x), pool(x))
 
 def sparse():
     pool.mapping().to_sparse_tensor()

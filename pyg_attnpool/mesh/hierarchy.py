@@ -164,6 +164,7 @@ class MeshHierarchy:
         length: int | None = None,
         reference: Sequence[int] | None = None,
         truncate: bool = False,
+        fill: str | int | None = None,
     ) -> Tensor:
         r"""The spirals :obj:`[n_l, L]` of a level, see
         :meth:`~pyg_attnpool.mesh.spiral_sequences`. Reference vertices are those of the template;
@@ -174,7 +175,7 @@ class MeshHierarchy:
             for r in reference_vertices(template, self.faces[0], reference)
         ]
         spirals = spiral_sequences(
-            vertices, self.faces[level], hops, nearest, dilation, length, truncate
+            vertices, self.faces[level], hops, nearest, dilation, length, truncate, fill
         )
         return torch.from_numpy(spirals)
 

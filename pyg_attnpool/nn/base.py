@@ -275,7 +275,8 @@ def check_index(
     smallest, largest = index.min().item(), index.max().item()
     if smallest < low or largest >= num_source:
         raise ValueError(
-            f"Expected '{name}' of vertices from {low} to {num_source - 1} (got {smallest} to {largest})"
+            f"Expected '{name}' of vertices from {low} to {num_source - 1} "
+            f"(got {smallest} to {largest})"
         )
 
 

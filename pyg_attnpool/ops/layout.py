@@ -4,11 +4,11 @@ products."""
 from torch import Tensor
 
 
-def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
+def on_rows(x: Tensor, num_nodes: int, op: Callable[[Tensor], Tensor]) -> Tensor:
     r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B, F]`.
 
     The batch lies beside the channels there, so that one sparse product serves all samples. The
-    result is a view in the caller's layout, and the next call takes that view without a copy.
+    result is contiguous in the caller's layout, so that :meth:`~torch.Tensor.view` works on it.
 
     Args:
         x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]`, or a mini-batch
@@ -33,5 +33,5 @@ def on_rows(x: Tensor, num_nodes: int, op) -> Tensor:
     if not x.is_floating_point():
         raise TypeError(f"Expected floating point features (got {x.dtype})")
     y = x if batched else x.view(-1, num_nodes, x.size(1))
-    y = op(y.transpose(0, 1)).transpose(0, 1)
+    y = op(y.transpose(0, 1)).transpose(0, 1).contiguous()
     return y if batched else y.flatten(0, 1)

@@ -546,6 +546,6 @@ def test_rows_of_another_number_of_vertices_are_refused(num_nodes, device):
     ]
     for layer in layers:
         layer = layer.to(device)
-        assert layer.rows(torch.randn(19, 2, 3, device=device)).size(1) == 2
+        assert layer(torch.randn(19, 2, 3, device=device), rows=True).size(1) == 2
         with pytest.raises(ValueError, match=rf"19.*\(got .*{num_nodes}"):
-            layer.rows(torch.randn(num_nodes, 2, 3, device=device))
+            layer(torch.randn(num_nodes, 2, 3, device=device), rows=True)

@@ -3,24 +3,25 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 pl = pytest.importorskip("pytorch_lightning")
 
+from pyg_attnpool.datasets import MeshDataset  # noqa: E402
 from pyg_attnpool.mesh import MeshHierarchy  # noqa: E402
-from pyg_attnpool.models import PCA, coma  # noqa: E402
+from pyg_attnpool.metrics import reconstruction_error  # noqa: E402
+from pyg_attnpool.models import MorphableModel  # noqa: E402
 from pyg_attnpool.training import (  # noqa: E402
     MeshData,
     MeshTraining,
-    Standardized,
-    VertexError,
-    evaluate,
-    fit,
+    jitter,
+    rigid_motion,
 )
 from tests.mesh.meshes import icosphere  # noqa: E402
 
-SMALL = dict(encoder_channels=(3, 4, 4), decoder_channels=(4, 4, 4, 3), latent_channels=2)
+SMALL = dict(channels=(4, 4), decoder_channels=(4, 4, 4))
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +42,12 @@ def model(hierarchy, pool="attention", seed=0, **kwargs):
     torch.manual_seed(seed)
     if pool == "attention":
         kwargs |= dict(down_kwargs=dict(channels=5), up_kwargs=dict(channels=5, k=4))
-    return coma(hierarchy, pool, latent_activation=None, **SMALL, **kwargs)
+    return MorphableModel.coma(hierarchy, 2, pool, **SMALL, **kwargs)
 
 
 def run(hierarchy, output, pool="attention", **kwargs):
-    kwargs = dict(epochs=4, batch_size=8, device="cpu") | kwargs
-    return fit(model(hierarchy, pool), hierarchy, meshes(37), meshes(9, 1), output, **kwargs)
+    kwargs = dict(epochs=4, batch_size=8, accelerator="cpu", output=output) | kwargs
+    return model(hierarchy, pool).fit(meshes(37), meshes(9, 1), **kwargs)
 
 
 def equal(a, b):
@@ -55,18 +56,19 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("pool", ["qem", "attention"])
-@pytest.mark.parametrize("recipe", ["fast", "paper"])
-def test_training_lowers_the_error(tmp_path, hierarchy, pool, recipe):
+@pytest.mark.parametrize("optimizer", ["one_cycle", "sgd"])
+def test_training_lowers_the_error(tmp_path, hierarchy, pool, optimizer):
     test = meshes(20, 2)
-    untrained = Standardized.from_meshes(model(hierarchy, pool), meshes(37))
-    trained = run(hierarchy, tmp_path, pool, recipe=recipe, epochs=12)
-    assert evaluate(trained, test)["mean"] < 0.7 * evaluate(untrained, test)["mean"]
+    untrained = model(hierarchy, pool)
+    untrained.set_statistics(meshes(37).mean(0), meshes(37).std(0).clamp(min=1e-6))
+    trained = run(hierarchy, tmp_path, pool, optimizer=optimizer, epochs=12)
+    assert trained.evaluate(test)["mean"] < 0.7 * untrained.evaluate(test)["mean"]
     # What came back is the best epoch by the validation error it logged.
     (log,) = tmp_path.glob("log/*/metrics.csv")
     header, *lines = [line.split(",") for line in log.read_text().splitlines()]
     logged = [float(line[header.index("val_mm")]) for line in lines if line[header.index("val_mm")]]
     assert len(logged) == 12
-    error = evaluate(trained, meshes(9, 1))["mean"]
+    error = trained.evaluate(meshes(9, 1))["mean"]
     assert error == pytest.approx(min(logged), rel=1e-4)
 
 
@@ -74,9 +76,9 @@ class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("recipe", ["fast", "paper"])
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch, recipe):
-    whole = run(hierarchy, tmp_path / "whole", recipe=recipe)
+@pytest.mark.parametrize("optimizer", ["one_cycle", "sgd"])
+def test_a_killed_run_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch, optimizer):
+    whole = run(hierarchy, tmp_path / "whole", optimizer=optimizer)
 
     def kill(self):
         if self.current_epoch == 2:
@@ -84,10 +86,10 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch,
 
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(MeshTraining, "on_train_epoch_start", kill)
-        run(hierarchy, tmp_path / "killed", recipe=recipe)
+        run(hierarchy, tmp_path / "killed", optimizer=optimizer)
     steps = []
     monkeypatch.setattr(MeshTraining, "on_train_epoch_start", lambda m: steps.append(m.global_step))
-    resumed = run(hierarchy, tmp_path / "killed", recipe=recipe, resume=True)
+    resumed = run(hierarchy, tmp_path / "killed", optimizer=optimizer, resume=True)
     assert steps == [10, 15]  # it did not start from the beginning
     assert equal(whole, resumed)
     last = [
@@ -96,7 +98,7 @@ def test_a_killed_run_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch,
     ]
     assert all(torch.equal(last[0][name], last[1][name]) for name in last[0])
     # A run that is complete is not run again.
-    again = run(hierarchy, tmp_path / "killed", recipe=recipe, resume=True)
+    again = run(hierarchy, tmp_path / "killed", optimizer=optimizer, resume=True)
     assert steps == [10, 15]
     assert equal(again, whole)
 
@@ -109,12 +111,12 @@ def test_same_seed_same_bits_other_seed_other_order(tmp_path, hierarchy):
     assert not equal(first, third)
 
 
-def test_standardisation_is_that_of_the_training_meshes():
+def test_standardisation_is_that_of_the_training_meshes(tmp_path, hierarchy):
     x = meshes(50)
     x[:, 3] = torch.tensor([0.3, -0.2, 100.0])  # a vertex that never moves
-    identity = torch.nn.Identity()
-    standardized = Standardized.from_meshes(identity, x)
-    z = standardized.standardize(x)
+    with pytest.warns(UserWarning, match="look like millimetres"):  # 100 m away
+        trained = model(hierarchy).fit(x, meshes(5), epochs=1, accelerator="cpu")
+    z = trained.standardize(x)
     torch.testing.assert_close(z.mean(0), torch.zeros_like(z[0]), atol=1e-4, rtol=0)
     still = x.std(0) < 1e-6  # that vertex, and coordinates that are zero in every sphere
     assert still[3].all() and not still.all()
@@ -123,25 +125,94 @@ def test_standardisation_is_that_of_the_training_meshes():
     assert torch.isfinite(z).all() and z[:, 3].abs().max() < 1e-3
 
 
-def test_vertex_error_has_the_true_median():
-    x = torch.zeros(2, 2, 3)
-    out = x.clone()
-    out[..., 0] = torch.tensor([[0.001, 0.002], [0.004, 0.013]])
-    metric = VertexError()
-    metric.update(out[:1], x[:1])
-    metric.update(out[1:], x[1:])
-    got = {name: value.item() for name, value in metric.compute().items()}
-    assert got["mean"] == pytest.approx(5)
-    assert got["median"] == pytest.approx(3)
-    assert got["std"] == pytest.approx((((4 - 0) ** 2 + 3**2 + 1 + 8**2) / 4) ** 0.5)
+def test_latent_statistics_are_those_of_the_training_codes(hierarchy):
+    trained = run(hierarchy, None, epochs=1)
+    with torch.no_grad():
+        codes = trained.encode(meshes(37)).double().numpy()
+    np.testing.assert_allclose(trained.latent_mean, codes.mean(axis=0), rtol=1e-4, atol=1e-6)
+    expected = np.cov(codes.T, bias=True)
+    np.testing.assert_allclose(trained.latent_cov, expected, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(trained.latent_std, codes.std(axis=0), rtol=1e-3, atol=1e-6)
 
 
-def test_evaluate_counts_living_latent_channels():
-    x = meshes(40)
-    pca = PCA(x, 4)  # the meshes have two degrees of freedom, bent a little
-    assert evaluate(pca, x)["alive"] >= 2
-    pca.components[1:] = 0
-    assert evaluate(pca, x)["alive"] == 1
+def test_without_validation_meshes_they_are_split_from_the_others(hierarchy):
+    x = meshes(45)
+    alone = model(hierarchy).fit(x, epochs=2, batch_size=8, accelerator="cpu")
+    apart = model(hierarchy).fit(x[5:], x[:5], epochs=2, batch_size=8, accelerator="cpu")
+    assert equal(alone, apart) and alone.summary["meshes"] == 40
+    dataset = MeshDataset(x, icosphere(1))
+    split = dataset.split()
+    alone = model(hierarchy).fit(dataset, epochs=2, batch_size=8, accelerator="cpu")
+    apart = model(hierarchy).fit(
+        dataset[split.train], dataset[split.val], epochs=2, batch_size=8, accelerator="cpu"
+    )
+    assert equal(alone, apart)
+
+
+def test_a_random_augmentation_resumes_to_the_same_bits(tmp_path, hierarchy, monkeypatch):
+    turn, noise = rigid_motion(angle=5.0), jitter(1e-3)
+    kwargs = dict(transform=lambda x: noise(turn(x)))
+    torch.manual_seed(0)
+    whole = run(hierarchy, tmp_path / "whole", **kwargs)
+    plain = run(hierarchy, tmp_path / "plain")
+    assert not equal(whole, plain)
+    start = MeshTraining.on_train_epoch_start
+
+    def kill(self):
+        start(self)
+        if self.current_epoch == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(MeshTraining, "on_train_epoch_start", kill)
+        torch.manual_seed(0)
+        run(hierarchy, tmp_path / "killed", **kwargs)
+    torch.manual_seed(123)
+    assert equal(run(hierarchy, tmp_path / "killed", resume=True, **kwargs), whole)
+
+
+def test_an_own_loss_and_optimizer_train(tmp_path, hierarchy):
+    seen = []
+
+    def loss(out, target):
+        seen.append(target.std().item())
+        return (out - target).square().mean()
+
+    trained = run(
+        hierarchy,
+        tmp_path,
+        loss=loss,
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+        epochs=12,
+        freeze=True,
+    )
+    assert len(seen) == 60 and 0.5 < seen[0] < 1.5  # standardised
+    assert trained.evaluate(meshes(20, 2))["mean"] < 12
+    assert not any("key" in name for name, _ in trained.named_parameters())
+
+
+def test_more_epochs_follow_where_the_schedule_allows(tmp_path, hierarchy):
+    whole = run(hierarchy, tmp_path / "whole", optimizer="sgd", epochs=4)
+    run(hierarchy, tmp_path / "longer", optimizer="sgd", epochs=2)
+    longer = run(hierarchy, tmp_path / "longer", optimizer="sgd", epochs=4, resume=True)
+    assert equal(longer, whole)
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path, hierarchy):
+    class Second(pl.Callback):
+        def on_train_start(self, trainer, module):
+            with pytest.raises(ValueError, match="no training writes to"):
+                run(hierarchy, tmp_path, epochs=1)
+
+    run(hierarchy, tmp_path, epochs=1, callbacks=[Second()])
+    run(hierarchy, tmp_path, epochs=1)  # afterwards it may
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_network_that_is_no_morphable_model_has_no_error(hierarchy):
+    network = model(hierarchy).autoencoder
+    with pytest.raises(TypeError, match=r"Expected a MorphableModel.*got MeshAutoencoder"):
+        reconstruction_error(network, meshes(3))
 
 
 @pytest.mark.skipif(
@@ -152,7 +223,7 @@ def test_freed_memory_is_kept_until_the_next_training():
     script = """
 from pathlib import Path
 import torch
-from pyg_attnpool.training import keep_freed_memory
+from pyg_attnpool.training.fit import keep_freed_memory
 
 def used():
     (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if "RssAnon" in x)
@@ -193,7 +264,7 @@ def test_nan_stops_early_and_keeps_the_last_good_epoch(tmp_path, hierarchy, monk
     def poison(self, x, index):
         if self.current_epoch == 2:
             with torch.no_grad():
-                self.model.model.to_latent.weight.fill_(float("nan"))
+                self.model.autoencoder.to_latent.weight.fill_(float("nan"))
         return step(self, x, index)
 
     monkeypatch.setattr(MeshTraining, "training_step", poison)
@@ -209,15 +280,18 @@ def test_checkpoint_of_another_run_is_refused_and_kept(tmp_path, hierarchy):
     before = (tmp_path / "last.ckpt").read_bytes()
     other = MeshHierarchy.from_template(icosphere(1), factors=[3, 3])
     x, val = meshes(37), meshes(9, 1)
-    kwargs = dict(epochs=1, batch_size=8, device="cpu", resume=True)
+    kwargs = dict(epochs=1, batch_size=8, accelerator="cpu", resume=True, output=tmp_path)
+    moved = [MorphableModel(model(hierarchy, "qem").autoencoder).fit]
+    one = dict(resume=True, epochs=1)
     cases = [
-        (lambda: fit(model(other), other, x, val, tmp_path, **kwargs), other.hash),
-        (lambda: run(hierarchy, tmp_path, resume=True, epochs=2), "'epochs': 2.*'epochs': 1"),
-        (lambda: run(hierarchy, tmp_path, resume=True, epochs=1, recipe="paper"), "'paper'"),
-        (
-            lambda: run(hierarchy, tmp_path, "qem", epochs=1, resume=True),
-            "checkpoint of this model",
-        ),
+        (lambda: model(other).fit(x, val, **kwargs), "this model, with"),
+        (lambda: run(hierarchy, tmp_path, resume=True, epochs=2), r"epochs=2 .got 1"),
+        (lambda: run(hierarchy, tmp_path, optimizer="sgd", **one), r"optimizer='sgd' .got 'one_"),
+        (lambda: run(hierarchy, tmp_path, lr=0.1, **one), r"lr=0.1 .got 0.003"),
+        (lambda: run(hierarchy, tmp_path, seed=3, **one), r"seed=3 .got 0"),
+        (lambda: run(hierarchy, tmp_path, "qem", **one), r"model=.*'qem'.*got .*'attention'"),
+        (lambda: moved[0](x, val, **kwargs), r"model="),
+        (lambda: model(hierarchy).fit(1.01 * x, val, **kwargs), r"statistics="),
     ]
     for case, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -257,32 +331,35 @@ def test_bad_arguments(tmp_path, hierarchy):
         (dict(train=broken), "finite training meshes .got NaN or infinity in mesh 7"),
         (dict(train=x[:, :10]), "42 vertices as the template has .got 10"),
         (dict(val=val[..., :2]), r"validation meshes of shape \[M, N, 3\] .got \[5, 42, 2\]"),
+        (dict(val=torch.cat([val, val], dim=-1)), "3 features a vertex .* .got 6"),
         (dict(train=x[:0]), r"training meshes of shape .*\[0, 42, 3\]"),
         (dict(epochs=0), "positive 'epochs'"),
-        (dict(recipe="slow"), "'recipe' to be one of"),
+        (dict(optimizer="slow"), "'optimizer' to be one of"),
+        (dict(lr=-1.0), "positive 'lr'"),
+        (dict(batch_size=0), "positive 'batch_size'"),
     ]
     (tmp_path / "last.ckpt").write_text("precious")
     for change, message in cases:
-        arguments = dict(train=x, val=val, epochs=1, output=tmp_path, device="cpu") | change
+        arguments = dict(train=x, val=val, epochs=1, output=tmp_path, accelerator="cpu") | change
+        untouched = model(hierarchy)
+        before = {name: t.clone() for name, t in untouched.state_dict().items()}
         with pytest.raises(ValueError, match=message):
-            fit(model(hierarchy), hierarchy, **arguments)
+            untouched.fit(**arguments)
+        after = untouched.state_dict()
+        assert all(torch.equal(after[name], t) for name, t in before.items())
+    wrong = [
+        (dict(max_epochs=3), "max_epochs"),
+        (dict(acelerator="cpu"), "acelerator"),
+        (dict(seed="x"), "seed"),
+        (dict(transform=3), "transform"),
+        (dict(train=["a"]), "tensor, an array"),
+        (dict(train=x.long()), "floating point"),
+    ]
+    for change, message in wrong:
+        arguments = dict(train=x, val=val, epochs=1, output=tmp_path, accelerator="cpu") | change
+        with pytest.raises(TypeError, match=message):
+            model(hierarchy).fit(**arguments)
     assert (tmp_path / "last.ckpt").read_text() == "precious"
-
-
-def test_frozen_model_loads_into_its_qem_twin(tmp_path, hierarchy):
-    from pyg_attnpool import freeze_attention
-
-    trained = run(hierarchy, tmp_path, epochs=1)
-    x = meshes(5, 3)
-    with torch.no_grad():
-        expected = trained.eval()(x)
-    torch.save(freeze_attention(trained).state_dict(), tmp_path / "frozen.pt")
-
-    state = torch.load(tmp_path / "frozen.pt", weights_only=True)
-    twin = Standardized(model(hierarchy, "qem", seed=9), state["mean"], state["std"])
-    twin.load_state_dict(state)
-    with torch.no_grad():
-        torch.testing.assert_close(twin(x), expected)
 
 
 def train_losses(output):
@@ -306,6 +383,6 @@ def test_compiled_training_has_the_same_losses(tmp_path, hierarchy, pool):
 def test_half_precision_trains_about_as_well(tmp_path, hierarchy):
     single = run(hierarchy, tmp_path / "single", epochs=8)
     half = run(hierarchy, tmp_path / "half", epochs=8, precision="bf16-mixed")
-    errors = [evaluate(m, meshes(9, 1))["mean"] for m in (single, half)]
+    errors = [m.evaluate(meshes(9, 1))["mean"] for m in (single, half)]
     assert all(p.dtype == torch.float32 for p in half.parameters())
     assert errors[1] == pytest.approx(errors[0], rel=0.05)

@@ -1,0 +1,153 @@
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyg_attnpool import MappingPool, MeshHierarchy, MorphableModel
+from pyg_attnpool.mesh import read_mesh, write_mesh
+from pyg_attnpool.models import PCA, MeshAutoencoder
+from tests.mesh.meshes import blob
+
+TEMPLATE = blob(2, seed=0)
+SMALL = dict(channels=(4, 5))
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    return MeshHierarchy.from_template(TEMPLATE, factors=[4, 4])
+
+
+def meshes(num, channels=3, seed=0):
+    r"""The template, stretched, with further features that depend on the stretch."""
+    generator = torch.Generator().manual_seed(seed)
+    stretch = 1 + 0.2 * torch.rand(num, 1, 1, generator=generator)
+    x = 0.1 * stretch * torch.from_numpy(TEMPLATE[0]).float()
+    further = 50 * stretch.expand(num, x.size(1), channels - 3)
+    return torch.cat([x, further], dim=-1)
+
+
+def test_metres_go_in_and_come_out(hierarchy):
+    model = MorphableModel.coma(hierarchy, 3, **SMALL).double()
+    mean, std = torch.randn_like(model.mean), 0.5 + torch.rand_like(model.std)
+    model.set_statistics(mean, std)
+    x = torch.randn(4, *mean.shape, dtype=torch.double)
+    z = model.autoencoder.encode((x - mean) / std)
+    assert_close(model.encode(x), z)
+    assert_close(model.decode(z), mean + std * model.autoencoder.decode(z))
+    assert_close(model(x), model.decode(z))
+    assert_close(model.encode(x.float().numpy()), model.encode(x.float()))  # arrays too
+
+
+def test_constructors(hierarchy, tmp_path):
+    spectral = MorphableModel.coma(hierarchy, 3, **SMALL)
+    spiral = MorphableModel.neural3dmm(hierarchy, 3, **SMALL)
+    linear = MorphableModel.pca(hierarchy, 3)
+    assert [m.autoencoder.config.conv for m in (spectral, spiral)] == ["cheb", "spiral"]
+    assert all(m.autoencoder.config.down == "attention" for m in (spectral, spiral))
+    assert type(linear.autoencoder) is PCA
+    for model in (spectral, spiral, linear):
+        assert model.hierarchy is hierarchy and model.latent_channels == 3
+        np.testing.assert_allclose(model.template, TEMPLATE[0], rtol=1e-6)
+        np.testing.assert_array_equal(model.faces, TEMPLATE[1])
+    # Of a file in millimetres, the template is in metres.
+    write_mesh(tmp_path / "template.obj", 1000 * TEMPLATE[0], TEMPLATE[1])
+    for make in (MorphableModel.pca, MorphableModel.coma):
+        kwargs = {} if make == MorphableModel.pca else dict(channels=(4, 4, 4, 4))
+        model = make(tmp_path / "template.obj", 3, unit="mm", **kwargs)
+        np.testing.assert_allclose(model.template, TEMPLATE[0], rtol=1e-5, atol=1e-7)
+
+
+def test_written_meshes_are_in_the_unit_of_the_files(hierarchy, tmp_path):
+    for unit, scale in (("m", 1), ("cm", 100), ("mm", 1000)):
+        model = MorphableModel.coma(hierarchy, 3, unit=unit, **SMALL)
+        x = meshes(1)[0]
+        model.write_mesh(tmp_path / "mesh.ply", x)
+        vertices, faces = read_mesh(tmp_path / "mesh.ply")
+        np.testing.assert_allclose(vertices, scale * x.double().numpy(), rtol=1e-6)
+        np.testing.assert_array_equal(faces, TEMPLATE[1])
+
+
+def test_freezing_changes_nothing_but_the_parameters(hierarchy):
+    model = MorphableModel.coma(hierarchy, 3, **SMALL)
+    twin = MorphableModel.coma(hierarchy, 3, "qem", **SMALL)
+    x = meshes(3)
+    expected = model(x)
+    assert model.freeze() is model
+    assert_close(model(x), expected)
+    assert all(isinstance(p, MappingPool) for p in model.autoencoder.pools)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in twin.parameters())
+
+
+def test_pca_in_millimetres_is_the_best_linear_model(hierarchy):
+    x = meshes(40) + 0.003 * torch.randn(40, len(TEMPLATE[0]), 3)
+    model = MorphableModel.pca(hierarchy, 5).fit(x, x)
+    flat = x.double().flatten(1).numpy()
+    centred = flat - flat.mean(axis=0)
+    left = np.linalg.svd(centred, compute_uv=False)[5:]
+    residual = (model(x) - x).double().square().sum().item()
+    assert residual == pytest.approx((left**2).sum(), rel=1e-4)
+    # The codes' covariance is diagonal, with the variances of the components.
+    variance = np.linalg.svd(centred, compute_uv=False)[:5] ** 2 / 40
+    np.testing.assert_allclose(model.latent_cov, np.diag(variance), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(model.latent_std, variance**0.5, rtol=1e-3)
+
+
+def test_further_features_end_to_end(hierarchy, tmp_path):
+    pytest.importorskip("pytorch_lightning")
+    x, test = meshes(40, 5), meshes(10, 5, seed=1)
+    model = MorphableModel.coma(hierarchy, 2, in_channels=5, **SMALL)
+    model.fit(x, epochs=20, batch_size=8, accelerator="cpu")
+    found = model.evaluate(test)
+    assert found["mean"] < 5  # of some 100 mm
+    assert len(found["features"]) == 2 and max(found["features"]) < 3  # of 50 to 60
+    expected = (model(test) - test)[..., 3:].abs().mean(dim=(0, 1)).tolist()
+    assert found["features"] == pytest.approx(expected, rel=1e-4)
+    model.save(tmp_path / "model")
+    assert torch.equal(MorphableModel.load(tmp_path / "model")(test), model(test))
+
+
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_export_freezes_a_copy(hierarchy, tmp_path, suffix):
+    if suffix == "onnx":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
+    model = MorphableModel.coma(hierarchy, 3, **SMALL)
+    assert model.export(tmp_path / f"model.{suffix}") < 1e-5
+    assert any("key" in name for name, _ in model.named_parameters())
+    if suffix == "pt2":
+        x = meshes(3)
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        assert_close(loaded(x), model(x))
+    with pytest.raises(ValueError, match=r"ending in one of \['.pt2', '.onnx'\].*model.txt"):
+        model.export(tmp_path / "model.txt")
+
+
+def test_millimetres_in_a_model_of_metres_are_noticed(hierarchy):
+    model = MorphableModel.coma(hierarchy, 3, **SMALL)
+    with pytest.warns(UserWarning, match="look like millimetres"):
+        model.encode(1000 * meshes(1))
+
+
+def test_bad_arguments(hierarchy):
+    network = MeshAutoencoder(hierarchy, **SMALL)
+    with pytest.raises(TypeError, match=r"without \['encode', 'decode'\]"):
+        MorphableModel(torch.nn.Linear(3, 3), TEMPLATE)
+    with pytest.raises(ValueError, match=r"'unit' to be one of .*\(got 'inch'\)"):
+        MorphableModel(network, unit="inch")
+    with pytest.raises(ValueError, match=r"template of 162 vertices .*\(got 42\)"):
+        MorphableModel(network, blob(1, seed=0))
+    with pytest.raises(ValueError, match="'template'"):
+        MorphableModel(PCA(meshes(9), 2))
+    model = MorphableModel(network)
+    for x in (torch.zeros(162, 3), torch.zeros(1, 162, 4), torch.zeros(1, 161, 3)):
+        with pytest.raises(ValueError, match=r"meshes of shape \['B', 162, 3\]"):
+            model.encode(x)
+    with pytest.raises(ValueError, match=r"latent codes of shape \['B', 8\]"):
+        model.decode(torch.zeros(1, 7))
+    for x in (torch.zeros(1, 162, 3).long(), "mesh.ply", None):
+        with pytest.raises(TypeError, match="floating point"):
+            model.encode(x)
+    with pytest.raises(ValueError, match="positive 'std'"):
+        model.set_statistics(model.mean, 0 * model.std)
+    with pytest.raises(ValueError, match=r"'mean' of shape \[162, 3\]"):
+        model.set_statistics(model.mean[:5], model.std)
