@@ -1,6 +1,8 @@
 r"""The two layouts of vertex features: :obj:`[B, N, F]` for users, rows :obj:`[N, B, F]` for sparse
 products."""
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 
