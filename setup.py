@@ -10,14 +10,14 @@ source = (here / "pyg_attnpool/__init__.py").read_text()
 version = re.search(r'__version__ = "(.+)"', source).group(1)
 
 sparse = ["torch_sparse>=0.6.18", "torch_scatter>=2.1.2"]
-mesh = ["openmesh>=1.2.1"]
+mesh = ["openmesh>=1.2.1", "plyfile>=1.0"]
 train = ["pytorch-lightning>=2.6", "torchmetrics>=1.4"]
 data = ["anny>=0.6.2", "h5py>=3.10"]
 viz = ["matplotlib>=3.8", "plotly>=5.20"]
 examples = ["tyro>=1.0"]
 # torch-geometric-pool imports scikit-learn without asking for it.
 tgp = ["torch-geometric-pool>=1.0", "scikit-learn>=1.4"]
-export = ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20", "safetensors>=0.4"]
+export = ["onnx>=1.17", "onnxscript>=0.7", "onnxruntime>=1.20"]
 
 # The compiled operations: one source for each instruction set, of which `ops/_cpu.py` takes one
 # when it is imported. They need no header of PyTorch or Python, so they build anywhere; where there
@@ -49,7 +49,13 @@ setup(
     packages=find_packages(include=["pyg_attnpool", "pyg_attnpool.*"]),
     package_data={"pyg_attnpool": ["py.typed"]},
     ext_modules=extensions,
-    install_requires=["torch>=2.11", "torch_geometric>=2.8", "numpy>=1.26", "scipy>=1.11"],
+    install_requires=[
+        "torch>=2.6",
+        "torch_geometric>=2.6",
+        "numpy>=1.26",
+        "scipy>=1.11",
+        "safetensors>=0.4",
+    ],
     extras_require={
         "sparse": sparse,
         "mesh": mesh,

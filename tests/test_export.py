@@ -178,7 +178,7 @@ def test_onnx_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
 
 @pytest.mark.parametrize("down", ["full", "diffpool", "variant"])
 def test_the_other_poolings_are_exported_too(tmp_path, hierarchy, down):
-    model = MeshAutoencoder(hierarchy, down=down, K=3, **SMALL)
+    model = MeshAutoencoder(hierarchy, down=down, conv_kwargs={"K": 3}, **SMALL)
     example = make_inputs(model, 1)
     assert export_torch(model, example, tmp_path / "model.pt2") < 1e-5
     x = make_inputs(model, 3)

@@ -1,6 +1,6 @@
 from pyg_attnpool.mesh.closest import barycentric_mapping
 from pyg_attnpool.mesh.hierarchy import MeshHierarchy
-from pyg_attnpool.mesh.io import check_mesh, read_mesh, write_mesh
+from pyg_attnpool.mesh.io import check_mesh, read_features, read_mesh, write_mesh
 from pyg_attnpool.mesh.qem import decimate
 from pyg_attnpool.mesh.spiral import spiral_sequences
 
@@ -9,6 +9,7 @@ __all__ = [
     "barycentric_mapping",
     "check_mesh",
     "decimate",
+    "read_features",
     "read_mesh",
     "spiral_sequences",
     "write_mesh",

@@ -3,6 +3,7 @@ import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -64,23 +65,72 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
     return vertices, _fans(polygons)
 
 
-def write_mesh(path: str | Path, vertices: ndarray, faces: ndarray):
+def read_features(path: str | Path) -> dict[str, ndarray]:
+    r"""Reads what a PLY file says of its vertices beyond their coordinates, through
+    :obj:`plyfile`.
+
+    Args:
+        path (str or Path): A PLY file.
+
+    Returns:
+        :obj:`"color"` :obj:`[N, 3]` from 0 to 1, :obj:`"normal"` :obj:`[N, 3]` and every further
+        property :obj:`[N, 1]` by its name, as the file has them (float64).
+
+    Raises:
+        ImportError: If :obj:`plyfile` is not installed.
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no PLY file, or damaged.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".ply":
+        raise ValueError(f"Expected a PLY file to read features from (got {path.name})")
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
+    plyfile = _plyfile()
+    try:
+        vertex = plyfile.PlyData.read(path)["vertex"].data
+    except (plyfile.PlyParseError, KeyError, ValueError) as e:
+        raise ValueError(f"Expected a whole PLY file in {path} (got: {e})") from e
+    left = [name for name in vertex.dtype.names if name not in ("x", "y", "z")]
+    features = {}
+    for name, parts in (("color", ("red", "green", "blue")), ("normal", ("nx", "ny", "nz"))):
+        if set(parts) <= set(left):
+            columns = np.stack([vertex[part].astype(np.float64) for part in parts], axis=1)
+            integers = np.issubdtype(vertex.dtype[parts[0]], np.integer)
+            features[name] = columns / 255 if name == "color" and integers else columns
+            left = [name for name in left if name not in parts]
+    return features | {name: vertex[name].astype(np.float64)[:, None] for name in left}
+
+
+def write_mesh(
+    path: str | Path,
+    vertices: ndarray,
+    faces: ndarray,
+    features: dict[str, ndarray] | None = None,
+) -> None:
     r"""Writes a triangle mesh at single precision, to a temporary name first.
 
     Args:
         path (str or Path): An OBJ, PLY, OFF or STL file; all but OBJ are binary.
         vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
         faces (numpy.ndarray): Faces :obj:`[F, 3]`.
+        features (dict, optional): Further values of the vertices, as :meth:`read_features` gives
+            them, for PLY files alone. (default: :obj:`None`)
 
     Raises:
-        ImportError: If :obj:`openmesh` is not installed.
-        ValueError: If the format is unknown or the mesh is not valid by :meth:`check_mesh`.
+        ImportError: If :obj:`openmesh`, or for features :obj:`plyfile`, is not installed.
+        ValueError: If the format is unknown or has no place for features, or the mesh is not valid
+            by :meth:`check_mesh`.
     """
     path = Path(path)
     _check_suffix(path)
     vertices, faces = check_mesh(vertices, faces)
+    if features and path.suffix.lower() != ".ply":
+        raise ValueError(f"Expected features to a PLY file (got {path.name})")
     with replacing(path) as temporary:
-        if path.suffix.lower() == ".obj":
+        if features:
+            _write_features(temporary, vertices, faces, features)
+        elif path.suffix.lower() == ".obj":
             # openmesh writes six decimals, which a mesh of millimetres in metres does not survive.
             with open(temporary, "w") as f:
                 f.writelines("v {:.9g} {:.9g} {:.9g}\n".format(*v) for v in vertices)
@@ -150,6 +200,30 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     return vertices, faces
 
 
+def _write_features(
+    path: Path, vertices: ndarray, faces: ndarray, features: dict[str, ndarray]
+) -> None:
+    parts = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
+    columns = dict(zip("xyz", vertices.T, strict=True))
+    for name, values in features.items():
+        values = np.asarray(values)
+        names = parts.get(name, (name,))
+        if values.shape != (len(vertices), len(names)):
+            raise ValueError(
+                f"Expected feature '{name}' of shape {[len(vertices), len(names)]} "
+                f"(got {list(values.shape)})"
+            )
+        columns |= dict(zip(names, values.T, strict=True))
+    plyfile = _plyfile()
+    vertex = np.empty(len(vertices), dtype=[(name, "f4") for name in columns])
+    for name, column in columns.items():
+        vertex[name] = column
+    face = np.empty(len(faces), dtype=[("vertex_indices", "i4", (3,))])
+    face["vertex_indices"] = faces
+    elements = (plyfile.PlyElement.describe(v, n) for v, n in ((vertex, "vertex"), (face, "face")))
+    plyfile.PlyData(list(elements), byte_order="<").write(path)
+
+
 def edges(faces: ndarray) -> ndarray:
     r"""The edges :obj:`[E, 2]` of faces in both directions, sorted, without duplicates."""
     source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
@@ -201,7 +275,18 @@ def _check_suffix(path: Path):
         raise ValueError(f"Expected a file name ending in one of {SUFFIXES} (got {path.name})")
 
 
-def _openmesh():
+def _plyfile() -> Any:
+    try:
+        import plyfile
+    except ImportError as e:
+        raise ImportError(
+            "Features of PLY files require 'plyfile': install it with "
+            '`pip install "pyg_attnpool[mesh]" --no-build-isolation`'
+        ) from e
+    return plyfile
+
+
+def _openmesh() -> Any:
     try:
         import openmesh
     except ImportError as e:

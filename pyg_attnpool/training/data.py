@@ -118,4 +118,6 @@ class MeshData(pl.LightningDataModule):
     def _loader(self, x: Tensor | MeshDataset, batch_size: int, seed: int | None) -> DataLoader:
         processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         sampler = _Batches(x, batch_size, seed, *processes)
-        return DataLoader(_Meshes(x), batch_size=None, sampler=sampler)
+        # With a generator of its own it leaves the global one to augmentation, which must resume.
+        generator = torch.Generator()
+        return DataLoader(_Meshes(x), batch_size=None, sampler=sampler, generator=generator)

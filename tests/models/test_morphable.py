@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from pyg_attnpool import MappingPool, MeshHierarchy, MorphableModel
-from pyg_attnpool.mesh import read_mesh, write_mesh
+from pyg_attnpool.mesh import read_features, read_mesh, write_mesh
 from pyg_attnpool.models import PCA, MeshAutoencoder
 from tests.mesh.meshes import blob
 
@@ -50,11 +50,12 @@ def test_constructors(hierarchy, tmp_path):
         np.testing.assert_allclose(model.template, TEMPLATE[0], rtol=1e-6)
         np.testing.assert_array_equal(model.faces, TEMPLATE[1])
     # Of a file in millimetres, the template is in metres.
-    write_mesh(tmp_path / "template.obj", 1000 * TEMPLATE[0], TEMPLATE[1])
+    vertices, faces = blob(3, seed=0)
+    write_mesh(tmp_path / "template.obj", 1000 * vertices, faces)
     for make in (MorphableModel.pca, MorphableModel.coma):
         kwargs = {} if make == MorphableModel.pca else dict(channels=(4, 4, 4, 4))
         model = make(tmp_path / "template.obj", 3, unit="mm", **kwargs)
-        np.testing.assert_allclose(model.template, TEMPLATE[0], rtol=1e-5, atol=1e-7)
+        np.testing.assert_allclose(model.template, vertices, rtol=1e-5, atol=1e-7)
 
 
 def test_written_meshes_are_in_the_unit_of_the_files(hierarchy, tmp_path):
@@ -65,6 +66,15 @@ def test_written_meshes_are_in_the_unit_of_the_files(hierarchy, tmp_path):
         vertices, faces = read_mesh(tmp_path / "mesh.ply")
         np.testing.assert_allclose(vertices, scale * x.double().numpy(), rtol=1e-6)
         np.testing.assert_array_equal(faces, TEMPLATE[1])
+    model = MorphableModel.pca(hierarchy, 2, "cm", in_channels=5)
+    model.write_mesh(tmp_path / "mesh.ply", meshes(1, 5)[0])
+    vertices, _ = read_mesh(tmp_path / "mesh.ply")
+    np.testing.assert_allclose(vertices, 100 * meshes(1).double().numpy()[0], rtol=1e-6)
+    further = read_features(tmp_path / "mesh.ply")
+    assert list(further) == ["feature_3", "feature_4"]
+    np.testing.assert_allclose(further["feature_4"][:, 0], meshes(1, 5)[0, :, 4], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"features to a PLY file .got mesh.obj"):
+        model.write_mesh(tmp_path / "mesh.obj", meshes(1, 5)[0])
 
 
 def test_freezing_changes_nothing_but_the_parameters(hierarchy):
