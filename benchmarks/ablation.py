@@ -4,15 +4,15 @@ paper. Everything has the fast recipe's optimizer and linear latent, QEM too."""
 from typing import Any
 
 import tyro
-from experiments import SHARPENING, Experiment, Options, Setting, spectral, spiral, sweep
+from experiments import START, Experiment, Options, Setting, spectral, spiral, sweep
 
 PUBLISHED = {"init": "positions", "normalization": "sum", "fusion_weight": 0.2}
 ATTENTION = {
     "attention as published": PUBLISHED,
     "keys lifted": {**PUBLISHED, "init": "lifted"},
-    "keys lifted, softmax": {**SHARPENING, "fusion_weight": 0.2},
+    "keys lifted, softmax": {**START, "fusion_weight": 0.2},
     **{
-        f"keys lifted, softmax, w_a from {w_a:g}": {**SHARPENING, "fusion_weight": w_a}
+        f"keys lifted, softmax, w_a from {w_a:g}": {**START, "fusion_weight": w_a}
         for w_a in (2.0, 0.0, -1.0, -2.0, -3.0)
     },
     "as published, w_a from -2": {**PUBLISHED, "fusion_weight": -2.0},

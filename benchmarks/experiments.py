@@ -26,8 +26,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from pyg_attnpool import MeshHierarchy, freeze_attention
-from pyg_attnpool.comparison import SHARPENING
+from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.datasets import (
     AnnyBodies,
     AnnyFaces,
@@ -40,8 +39,9 @@ from pyg_attnpool.datasets import (
 )
 from pyg_attnpool.files import replacing
 from pyg_attnpool.mesh import decimate
-from pyg_attnpool.models import PCA, MeshAutoencoder, coma, neural3dmm
-from pyg_attnpool.training import evaluate, fit, quiet_lightning
+from pyg_attnpool.metrics import vertex_distances
+from pyg_attnpool.models import MeshAutoencoder, coma, neural3dmm
+from pyg_attnpool.training import quiet_lightning
 
 BATCH_SIZE = 16
 RESIDENT = 8 << 30  # bytes of training meshes beyond which they are read while training
@@ -53,6 +53,12 @@ SMOKE_VERTICES, SMOKE_FACTORS, SMOKE_MESHES, SMOKE_EPOCHS = 400, [2.5] * 4, (48,
 # The published optimizer and number of epochs of every family of models.
 FAMILIES = {"coma": (coma, "paper", 300), "neural3dmm": (neural3dmm, "neural3dmm", 200)}
 
+# The optimizers by the names that results know them by.
+OPTIMIZERS = {"paper": "sgd", "neural3dmm": "adam", "fast": "one_cycle"}
+
+# The default start of attention, spelt out: results tell what was trained, whatever the default is.
+START = {"init": "lifted", "normalization": "softmax", "fusion_weight": -2.0}
+
 # Sets of the kind that the paper's numbers are of.
 REPORTED_ON = ("coma", "faces")
 
@@ -62,17 +68,19 @@ class Recipe(NamedTuple):
     otherwise."""
 
     optimizer: str | None
-    r"""As in :func:`~pyg_attnpool.training.fit`; :obj:`None` is the published one."""
+    r"""One of :obj:`OPTIMIZERS`; :obj:`None` is the published one."""
     attention: dict[str, Any]
     r"""Arguments of the attention layers."""
     latent_activation: str | None
     r"""That of spectral models; spiral ones have none."""
+    variant: str
+    r"""As in :func:`~pyg_attnpool.models.coma`."""
 
 
 RECIPES = {
-    "paper": Recipe(None, {}, "relu"),
-    "published": Recipe("fast", {}, "relu"),
-    "fast": Recipe("fast", SHARPENING, None),
+    "paper": Recipe(None, {}, "relu", "published"),
+    "published": Recipe("fast", {}, "relu", "published"),
+    "fast": Recipe("fast", START, None, "default"),
 }
 
 
@@ -98,8 +106,8 @@ class Options:
     root: Path = Path("data")
     """Folder of the data sets: AnnyFaces, AnnyBodies and AnnyHands are made there; CoMA,
     DynamicFAUST and SynHand are where these put their files."""
-    unit: float = 1.0
-    """What turns the unit of the folders' meshes into metres: 0.001 for millimetres."""
+    unit: Literal["m", "cm", "mm"] = "m"
+    """The unit of the folders' meshes."""
     output: Path | None = None
     """Folder for everything written; by default runs/ and the name of script, scale and data."""
     resume: bool = False
@@ -234,7 +242,7 @@ def _open(name: str, options: Options) -> MeshDataset:
             f"Expected 'data' to be faces, bodies, hands, coma, dfaust, synhand or a folder of "
             f"registered meshes (got {name!r})"
         )
-    return RegisteredMeshes(name, scale=options.unit, root=root / "RegisteredMeshes")
+    return RegisteredMeshes(name, unit=options.unit, cache=root / "RegisteredMeshes")
 
 
 # Runs #############################################################################
@@ -310,31 +318,30 @@ def _train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) ->
     family = arguments.pop("family")
     steps = 0
     if family == "pca":
-        train = train if isinstance(train, Tensor) else train.vertices
-        model = PCA(train, **arguments)
-        trained = shipped = model.mean.numel() + model.components.numel()
+        model = MorphableModel.pca(meshes.hierarchy, **arguments).fit(train)
+        network = model.autoencoder
+        trained = shipped = network.mean.numel() + network.components.numel()
     else:
         torch.manual_seed(run.seed)
         build: Callable[..., MeshAutoencoder] = FAMILIES[family][0]
         fixed = arguments.pop("fixed", False)
-        model = build(meshes.hierarchy, **arguments)
-        model = freeze_attention(model) if fixed else model
+        variant = RECIPES[run["recipe"]].variant
+        model = MorphableModel(build(meshes.hierarchy, **arguments, variant=variant))
+        model = model.freeze() if fixed else model
         trained = _num_parameters(model)
-        model = fit(
-            model,
-            meshes.hierarchy,
+        model.fit(
             train,
             val,
             output=folder,
-            recipe=run["optimizer"],
+            optimizer=OPTIMIZERS[run["optimizer"]],
             epochs=int(run["epochs"]),
             batch_size=BATCH_SIZE,
             seed=run.seed,
-            device=device,
+            accelerator=device,
             resume=resume,
         )
         # From here on attention is a fixed mapping, and the model as small as its QEM twin.
-        model = freeze_attention(model)
+        model.freeze()
         shipped = _num_parameters(model)
         steps = int(run["epochs"]) * -(-len(train) // BATCH_SIZE)
     model.to(device)
@@ -343,7 +350,7 @@ def _train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) ->
     versions = ("python", "torch", "torch_geometric")
     return {
         "steps": steps,
-        **evaluate(model, test),
+        **model.evaluate(test),
         "quantiles": json.dumps([float(f"{q:.4g}") for q in quantiles]),
         "trained": trained,
         "shipped": shipped,
@@ -409,13 +416,11 @@ def _num_parameters(model: torch.nn.Module) -> int:
 
 
 @torch.no_grad()
-def _distances(model: torch.nn.Module, x: Tensor) -> np.ndarray:
+def _distances(model: MorphableModel, x: Tensor) -> np.ndarray:
     # Per vertex, in millimetres.
-    model.eval()
-    device = next(model.buffers()).device
-    return torch.cat(
-        [1000 * (model(b.to(device)).cpu() - b).norm(dim=-1).flatten() for b in x.split(64)]
-    ).numpy()
+    device = model.mean.device
+    blocks = (b.to(device) for b in x.split(64))
+    return torch.cat([vertex_distances(model(b), b).flatten().cpu() for b in blocks]).numpy()
 
 
 class ResultsFile:

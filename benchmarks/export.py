@@ -14,7 +14,7 @@ import tyro
 from templates import blob
 from torch import Tensor
 
-from pyg_attnpool import freeze_attention
+from pyg_attnpool import freeze
 from pyg_attnpool.export import export_onnx, export_torch
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models import MeshAutoencoder, coma
@@ -30,7 +30,7 @@ def main(num_vertices: int = 5023, batch_size: int = 1, repeat: int = 31):
         torch.manual_seed(0)
         model = coma(hierarchy, pool)
         training = count(model)
-        freeze_attention(model).eval()
+        freeze(model).eval()
         print(f"{pool}: {training:,} parameters in training, {count(model):,} shipped")
         runs[pool] = ship(model, x)
     assert count(model) == count(coma(hierarchy))

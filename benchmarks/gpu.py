@@ -5,7 +5,6 @@ said in the tables."""
 
 import copy
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -17,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyg_attnpool.models import coma
+from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.ops.search import cosine_topk
-from pyg_attnpool.training import evaluate, fit, quiet_lightning
+from pyg_attnpool.training import quiet_lightning
 
 
 def search(num_query: int, num_key: int, device: str, channels: int = 21, k: int = 32):
@@ -56,14 +55,13 @@ def train(num_meshes: int, num_vertices: int, precision: str, epochs: int, devic
     x = torch.from_numpy(hierarchy.vertices[0]).float() + 0.01 * x
     train, val = x[:num_meshes], x[-64:]
     torch.manual_seed(0)
-    model = coma(hierarchy, "attention", latent_activation=None)
-    options = dict(recipe="fast", device=device, precision=precision)
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()  # the first run compiles
-        fit(copy.deepcopy(model), hierarchy, train, val, f"{folder}/first", epochs=1, **options)
-        middle = time.perf_counter()
-        model = fit(model, hierarchy, train, val, f"{folder}/all", epochs=epochs, **options)
-        epoch = (time.perf_counter() - middle) / epochs
+    model = MorphableModel.coma(hierarchy)
+    options = dict(accelerator=device, precision=precision)
+    start = time.perf_counter()  # the first run compiles
+    copy.deepcopy(model).fit(train, val, epochs=1, **options)
+    middle = time.perf_counter()
+    model.fit(train, val, epochs=epochs, **options)
+    epoch = (time.perf_counter() - middle) / epochs
     return {
         "precision": precision,
         "meshes": num_meshes,
@@ -71,7 +69,7 @@ def train(num_meshes: int, num_vertices: int, precision: str, epochs: int, devic
         "first epoch s": middle - start,
         "an epoch s": epoch,
         "300 epochs min": 5 * epoch,
-        "mm": evaluate(model, val)["mean"],
+        "mm": model.evaluate(val)["mean"],
     }
 
 

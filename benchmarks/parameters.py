@@ -3,7 +3,7 @@ r"""Parameter counts of both families in both settings, in training and frozen, 
 import tyro
 from templates import blob
 
-from pyg_attnpool import MeshHierarchy, freeze_attention
+from pyg_attnpool import MeshHierarchy, freeze
 from pyg_attnpool.models import coma, neural3dmm
 
 
@@ -16,7 +16,7 @@ def main(num_vertices: int = 5023, latent: int = 8):
             for pool in ("qem", "attention"):
                 model = model_fn(hierarchy, pool, latent, wider)
                 counts.append(sum(p.numel() for p in model.parameters()))
-            counts.append(sum(p.numel() for p in freeze_attention(model).parameters()))
+            counts.append(sum(p.numel() for p in freeze(model).parameters()))
             print(
                 f"{model_fn.__name__:10} {'wider' if wider else 'simple':6}  "
                 "qem {:,}  attention {:,}  frozen {:,}".format(*counts)

@@ -108,7 +108,8 @@ class PlainAutoencoder(Module):
             if isinstance(child, ModuleList):
                 child = ModuleList(PLAIN[type(layer)](layer) for layer in child)
             setattr(self, name, PLAIN[type(child)](child) if type(child) in PLAIN else child)
-        names = model.activation, model.latent_activation, model.expand_activation
+        config = model.config
+        names = config.activation, config.latent_activation, config.expand_activation
         self.activation, self.latent_activation, self.expand_activation = (
             ACTIVATIONS[name] for name in names
         )

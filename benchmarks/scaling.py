@@ -147,7 +147,7 @@ def dense_layers(levels: MeshHierarchy) -> Sequential:
 
 
 def autoencoder(levels: MeshHierarchy) -> Module:
-    return coma(levels, "attention")
+    return coma(levels, "attention", variant="published")
 
 
 SUBJECTS: dict[str, tuple[Callable[[MeshHierarchy], Module], int]] = {  # and their channels

@@ -5,20 +5,19 @@ and after training.
 Roughness is the Rayleigh quotient of the symmetrically normalised Laplacian of the target level:
 0 for features that do not vary, 1 for white noise, 2 at most."""
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import measure
 import torch
 import tyro
-from experiments import BATCH_SIZE, SHARPENING, Meshes, Options
+from experiments import BATCH_SIZE, Meshes, Options
 from torch import Tensor
 from torch_geometric.utils import get_laplacian
 
 from pyg_attnpool import Mapping
-from pyg_attnpool.models import MeshAutoencoder, coma
-from pyg_attnpool.training import evaluate, fit, quiet_lightning
+from pyg_attnpool.models import MeshAutoencoder, MorphableModel
+from pyg_attnpool.training import quiet_lightning
 
 NOTES = (
     "Layers are named by the vertices that they map from and to. Roughness is the Rayleigh "
@@ -79,23 +78,14 @@ def main(
     train, val, test = meshes.split()
     found, errors = [], []
     for w_a in shares:
-        kwargs = {**SHARPENING, "fusion_weight": w_a}
+        kwargs = {"fusion_weight": w_a}
         torch.manual_seed(seed)
-        model = coma(
-            meshes.hierarchy,
-            "attention",
-            latent_activation=None,
-            down_kwargs=kwargs,
-            up_kwargs=kwargs,
-        )
-        found += rows(model, w_a, "start")
+        model = MorphableModel.coma(meshes.hierarchy, down_kwargs=kwargs, up_kwargs=kwargs)
+        found += rows(model.autoencoder, w_a, "start")
         epochs = -(-steps * BATCH_SIZE // len(train))
-        with tempfile.TemporaryDirectory() as folder:
-            trained = fit(
-                model, meshes.hierarchy, train, val, folder, epochs=epochs, seed=seed, device="cpu"
-            )
-        found += rows(trained.model, w_a, "trained")
-        errors.append({"w_a from": w_a, "epochs": epochs, "mm": evaluate(trained, test)["mean"]})
+        model.fit(train, val, epochs=epochs, seed=seed, accelerator="cpu")
+        found += rows(model.autoencoder, w_a, "trained")
+        errors.append({"w_a from": w_a, "epochs": epochs, "mm": model.evaluate(test)["mean"]})
     about = measure.machine("cpu") | {"data": data, "batch": BATCH_SIZE, "seed": seed}
     tables = {"Roughness": found, "Test error": errors}
     print(measure.report(output, "sharpening", measure.command(), found, tables, about, NOTES))

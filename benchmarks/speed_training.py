@@ -16,10 +16,10 @@ from templates import blob
 from torch import Tensor
 from torch.nn import Module
 
-from pyg_attnpool import MeshHierarchy, freeze_attention
+from pyg_attnpool import MeshHierarchy, freeze
 from pyg_attnpool.models import coma, neural3dmm
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.training import keep_freed_memory
+from pyg_attnpool.training.fit import keep_freed_memory
 
 MODELS = {"CoMA": coma, "Neural3DMM": neural3dmm}
 POOLS = ("qem", "attention")
@@ -76,7 +76,7 @@ class Step:
 
 def make(name: str, pool: str, plain: bool, hierarchy: MeshHierarchy, seed: int) -> Module:
     torch.manual_seed(seed)
-    model = MODELS[name](hierarchy, pool)
+    model = MODELS[name](hierarchy, pool, variant="published")
     return PlainAutoencoder(model) if plain else model
 
 
@@ -160,7 +160,7 @@ def main(
                 spent[f"{name}, {pool}"] = operations(trained[f"ours {pool}"], repeat)
 
         used = {key: copy.deepcopy(step.model).eval() for key, step in trained.items()}
-        freeze_attention(used["ours attention"])
+        freeze(used["ours attention"])
         with torch.inference_mode():
             times = measure.interleaved(
                 {key: lambda model=model: model(x) for key, model in used.items()}, repeat, budget

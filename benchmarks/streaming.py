@@ -20,8 +20,7 @@ from templates import blob
 from pyg_attnpool.datasets import MeshDataset
 from pyg_attnpool.datasets.stored import stored
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.models import coma
-from pyg_attnpool.training import evaluate, fit
+from pyg_attnpool.models import MorphableModel
 
 BLOCK = 100
 
@@ -89,7 +88,7 @@ def main(
         torch.manual_seed(0)
         source = Smooth(meshes, vertices)
         hierarchy = MeshHierarchy.from_template(source.template)
-        model = coma(hierarchy, "attention", latent_activation=None)
+        model = MorphableModel.coma(hierarchy)
         memory.look("Imports and model", time.perf_counter() - begin)
 
         begin = time.perf_counter()
@@ -105,20 +104,12 @@ def main(
         begin = time.perf_counter()
         split = dataset.split("independent")
         train, val, test = (dataset[part] for part in split)
-        model = fit(
-            model,
-            hierarchy,
-            train,
-            val,
-            output=Path(folder) / "run",
-            epochs=1,
-            batch_size=batch_size,
-            device="cpu",
-        )
+        output = Path(folder) / "run"
+        model.fit(train, val, output=output, epochs=1, batch_size=batch_size, accelerator="cpu")
         memory.look("Statistics and an epoch", time.perf_counter() - begin)
 
         begin = time.perf_counter()
-        error = evaluate(model, test)["mean"]
+        error = model.evaluate(test)["mean"]
         memory.look("Test", time.perf_counter() - begin)
         print(f"Test error {error:.3f} mm")
     about = measure.machine("cpu") | {

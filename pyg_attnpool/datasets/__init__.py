@@ -1,3 +1,4 @@
+from pyg_attnpool.datasets.align import align, looks_unaligned
 from pyg_attnpool.datasets.anny.bodies import AnnyBodies
 from pyg_attnpool.datasets.anny.faces import AnnyFaces
 from pyg_attnpool.datasets.anny.hands import AnnyHands
@@ -17,4 +18,6 @@ __all__ = [
     "RegisteredMeshes",
     "Split",
     "SynHand",
+    "align",
+    "looks_unaligned",
 ]

@@ -38,6 +38,9 @@ class MeshDataset(Dataset):
             every access. (default: :obj:`None`)
     """
 
+    unit = "m"
+    r"""The unit of the files; the meshes are held in metres."""
+
     default_split = "interpolation"
     r"""The kind of :meth:`split` that the experiments of the paper use."""
 
@@ -81,6 +84,16 @@ class MeshDataset(Dataset):
         return data.pos if data.x is None else torch.cat([data.pos, data.x], dim=-1)
 
     @property
+    def pos(self) -> Tensor:
+        r"""The coordinates :obj:`[M, N, 3]` of all meshes, as PyG names them."""
+        return self.vertices[..., :3]
+
+    @property
+    def face(self) -> Tensor:
+        r"""The faces :obj:`[3, F]` that all meshes share, as PyG names them."""
+        return self._face
+
+    @property
     def name(self) -> list[str] | None:
         r"""The file of every mesh, relative to the folder, or :obj:`None`."""
         return self._label("name")
@@ -109,7 +122,9 @@ class MeshDataset(Dataset):
 
     def get(self, idx: int) -> Data:
         labels = {key: values[idx] for key, values in self._labels.items()}
-        return Data(pos=self._vertices[idx], face=self._face, **labels)
+        mesh = self._vertices[idx]
+        further = {"x": mesh[:, 3:]} if mesh.size(1) > 3 else {}
+        return Data(pos=mesh[:, :3], face=self._face, **further, **labels)
 
     def split(
         self,

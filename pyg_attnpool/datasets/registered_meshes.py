@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from zipfile import BadZipFile, ZipFile
@@ -15,12 +16,14 @@ from numpy import ndarray
 from torch import Tensor
 from tqdm import tqdm
 
+from pyg_attnpool.datasets.align import align as align_meshes
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.stored import mapped_array, stored
-from pyg_attnpool.mesh.io import SUFFIXES, read_mesh
+from pyg_attnpool.mesh.io import SUFFIXES, read_features, read_mesh
+from pyg_attnpool.units import metres
 
 # Part of every stored file: raised with every change of how meshes are read.
-GENERATOR = 1
+GENERATOR = 2
 
 BLOCK = 64  # meshes read between two steps of the progress bar
 
@@ -30,26 +33,31 @@ class RegisteredMeshes(MeshDataset):
     beside a template.
 
     Of a folder, all :obj:`.obj`, :obj:`.ply`, :obj:`.off` and :obj:`.stl` files are read, also in
-    folders within, in the order of their relative paths. Where every file lies two folders deep, as
-    COMA's do (:obj:`subject/expression/mesh.ply`), these folders name subject and expression, and
-    the place of a file among those of its folder is the frame.
+    folders within, in the order of their relative paths, numbers by their size. Where every file
+    lies two folders deep, as COMA's do (:obj:`subject/expression/mesh.ply`), these folders name
+    subject and expression, and the place of a file among those of its folder is the frame.
 
-    More meshes than memory holds are mapped rather than read: with :obj:`root`, or those of a
+    More meshes than memory holds are mapped rather than read: with :obj:`cache`, or those of a
     :obj:`.npy` file of float32 in metres.
 
     Args:
-        path (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
-            array of vertices :obj:`[M, N, 3]`. A :obj:`.npz` file names it :obj:`"vertices"` or
-            has no other array.
+        root (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
+            array of meshes :obj:`[M, N, C]`, of which the first three features are coordinates. A
+            :obj:`.npz` file names it :obj:`"vertices"` or has no other array.
         template (str, Path or tuple, optional): A mesh file, or vertices :obj:`[N, 3]` and faces
             :obj:`[F, 3]`, in the unit of the meshes. If :obj:`None`, the first mesh of a folder.
             (default: :obj:`None`)
-        scale (float, optional): What takes the unit of the meshes to metres, such as
-            :obj:`0.001` for millimetres. (default: :obj:`1.0`)
+        unit (str, optional): The unit of the files, :obj:`"m"`, :obj:`"cm"` or :obj:`"mm"`. The
+            meshes are held in metres. (default: :obj:`"m"`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
-        root (str or Path, optional): Another folder to store the vertices in, as
-            :obj:`processed/{name}.npz` and :obj:`.npy`; files are then read once, and again when
-            names, sizes or times of them change. (default: :obj:`None`)
+        cache (str or Path, optional): A folder to store the meshes in, as :obj:`{name}-{hash}.npz`
+            and :obj:`.npy`; files are then read once, and again when their place, names, sizes,
+            times or ends change. (default: :obj:`None`)
+        features (list, optional): What PLY files say of their vertices beyond coordinates, as
+            further features in this order: :obj:`"color"`, :obj:`"normal"` or the name of a
+            property (:meth:`~pyg_attnpool.mesh.read_features`). (default: :obj:`()`)
+        align (bool, optional): If set to :obj:`True`, turns and moves every mesh onto the template
+            (:func:`~pyg_attnpool.datasets.align`). (default: :obj:`False`)
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
@@ -60,33 +68,43 @@ class RegisteredMeshes(MeshDataset):
 
     def __init__(
         self,
-        path: str | Path,
+        root: str | Path,
         template: str | Path | tuple[ndarray, ndarray] | None = None,
-        scale: float = 1.0,
+        unit: str = "m",
         transform: Callable | None = None,
-        root: str | Path | None = None,
+        cache: str | Path | None = None,
+        features: Sequence[str] = (),
+        align: bool = False,
     ):
-        if not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"Expected a positive 'scale' (got {scale})")
-        path = Path(path).expanduser()
+        scale = metres(unit)
+        path = Path(root).expanduser()
         if isinstance(template, str | Path):
             template = read_finite(Path(template).expanduser())
         elif template is not None:
             template = _check_template(*template)
         if path.is_dir():
-            source = MeshFiles(path, mesh_names(path), template, scale)
+            names = sorted(mesh_names(path), key=_natural)
+            source: _Meshes = MeshFiles(path, names, template, scale, features)
+        elif features:
+            raise ValueError(f"Expected 'features' of a folder of PLY files (got {path})")
         else:
             source = _MeshArray(path, template, scale)
-        if root is None:
+        if cache is None:
             vertices = source.read()
         else:
-            file = Path(root).expanduser() / "processed" / f"{path.stem}.npz"
+            place = hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:8]
+            file = Path(cache).expanduser() / f"{path.stem}-{place}.npz"
             vertices = torch.from_numpy(source.stored(file)["vertices"])
+        if align:
+            reference = torch.from_numpy(source.template[0])
+            vertices = align_meshes(vertices, reference=reference).vertices
         super().__init__(vertices, source.template, source.labels, str(path), transform)
+        self.unit = unit
 
 
 class _Meshes:
     # Meshes in a folder or file, as source.
+    channels = 3
     path: Path
     template: tuple[ndarray, ndarray]
     sizes: list[int]
@@ -112,7 +130,8 @@ class MeshFiles(_Meshes):
         path (Path): A folder, or a :obj:`.zip` archive.
         names (list): The files within, in the order of the meshes.
         template (tuple, optional): Vertices and faces, or the first mesh. (default: :obj:`None`)
-        scale (float, optional): As in :class:`RegisteredMeshes`. (default: :obj:`1.0`)
+        scale (float, optional): The unit of the files in metres. (default: :obj:`1.0`)
+        features (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`()`)
 
     Raises:
         ValueError: As of :class:`RegisteredMeshes`, also when blocks are read.
@@ -124,12 +143,16 @@ class MeshFiles(_Meshes):
         names: list[str],
         template: tuple[ndarray, ndarray] | None = None,
         scale: float = 1.0,
+        features: Sequence[str] = (),
     ):
-        self.path, self.names, self.scale = path, names, scale
+        self.path, self.names, self.scale, self.features = path, names, scale, tuple(features)
         self.first = "the template"
         if template is None:
             with self._opened() as read:
                 template, self.first = read(names[0]), path / names[0]
+        if self.features:  # the first file tells how many channels they are
+            further = self._further(path / names[0], len(template[0]))
+            self.channels = 3 + further.shape[1]
         self.shape, self.faces = template[0].shape, template[1]
         self.template = scale * template[0], template[1]
         self.sizes = _sizes(len(names))
@@ -143,7 +166,7 @@ class MeshFiles(_Meshes):
 
     def read(self) -> Tensor:
         r"""All meshes, in memory."""
-        vertices = torch.empty(len(self.names), *self.shape)
+        vertices = torch.empty(len(self.names), self.shape[0], self.channels)
         blocks = tqdm(
             self.blocks(0),
             desc=f"Reading {self.path.name}",
@@ -157,7 +180,7 @@ class MeshFiles(_Meshes):
     def content(self) -> str:
         files = [self.path / name for name in self.names] if self.path.is_dir() else [self.path]
         states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        return repr((self.names, self.scale, states))
+        return repr((self.names, self.scale, self.features, states, [_ends(f) for f in files]))
 
     @contextmanager
     def _opened(self) -> Iterator[Callable[[str], tuple[ndarray, ndarray]]]:
@@ -192,7 +215,26 @@ class MeshFiles(_Meshes):
                 f"Expected the faces of {self.first} in {file} "
                 f"(got {_difference(faces, self.faces)})"
             )
-        return (self.scale * vertices).astype(np.float32)
+        coordinates = (self.scale * vertices).astype(np.float32)
+        if not self.features:
+            return coordinates
+        further = self._further(file, len(vertices))
+        if further.shape[1] != self.channels - 3:
+            raise ValueError(
+                f"Expected {self.channels - 3} channels of features in {file} as {self.first} has "
+                f"(got {further.shape[1]})"
+            )
+        return np.concatenate([coordinates, further], axis=1)
+
+    def _further(self, file: Path, num_vertices: int) -> ndarray:
+        found = read_features(file)
+        missing = [name for name in self.features if name not in found]
+        if missing:
+            raise ValueError(f"Expected features {missing} in {file} (got {list(found)})")
+        further = np.concatenate([found[name] for name in self.features], axis=1)
+        if len(further) != num_vertices or not np.isfinite(further).all():
+            raise ValueError(f"Expected finite features of {num_vertices} vertices in {file}")
+        return further.astype(np.float32)
 
 
 class _MeshArray(_Meshes):
@@ -210,18 +252,37 @@ class _MeshArray(_Meshes):
             )
         self.template = scale * template[0], template[1]
         self.sizes = _sizes(len(self.vertices))
+        self.channels = self.vertices.size(2)
         self.labels = {}
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         for block in self.vertices.split(BLOCK)[start:]:
-            yield (self.scale * block).numpy()
+            yield self._scaled(block.clone()).numpy()
 
     def read(self) -> Tensor:
-        return self.vertices if self.scale == 1 else self.vertices.mul_(self.scale)
+        return self._scaled(self.vertices)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if self.scale != 1:
+            x[..., :3] *= self.scale
+        return x
 
     def content(self) -> str:
         status = self.path.stat()
-        return repr((self.scale, status.st_size, status.st_mtime_ns))
+        return repr((self.scale, status.st_size, status.st_mtime_ns, _ends(self.path)))
+
+
+def _ends(path: Path) -> str:
+    # A hash of the beginning and the end of a file.
+    with open(path, "rb") as file:
+        ends = file.read(1 << 12)
+        file.seek(max(0, path.stat().st_size - (1 << 12)))
+        return hashlib.sha256(ends + file.read()).hexdigest()[:16]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    # frame2 comes before frame10.
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _sizes(num: int) -> list[int]:
@@ -244,13 +305,19 @@ def _labels(names: list[str]) -> dict[str, list]:
 
 
 def mesh_names(folder: Path) -> list[str]:
-    r"""The mesh files of a folder and the folders within. Sorted by folders, then names: what a
-    file system lists first must not decide a split.
+    r"""The mesh files of a folder and the folders within, but for hidden ones. Sorted by folders,
+    then names: what a file system lists first must not decide a split.
 
     Raises:
         ValueError: If there are none.
     """
-    files = [f for f in folder.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file()]
+    files = [
+        f
+        for f in folder.rglob("*")
+        if f.suffix.lower() in SUFFIXES
+        and f.is_file()
+        and not any(part.startswith(".") for part in f.relative_to(folder).parts)
+    ]
     if len(files) == 0:
         raise ValueError(f"Expected mesh files ending in one of {SUFFIXES} in {folder} (got none)")
     return ["/".join(parts) for parts in sorted(f.relative_to(folder).parts for f in files)]
@@ -303,7 +370,7 @@ def _read_array(path: Path) -> Tensor:
         raise ValueError(f"Expected a whole file of arrays in {path} (got: {e})") from e
     if array is None:
         raise ValueError(f"Expected an array 'vertices' in {path} (got {names})")
-    if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+    if array.ndim != 3 or array.shape[2] < 3 or array.size == 0:
         raise ValueError(
             f"Expected vertices of shape [M, N, 3] in {path} (got {list(array.shape)})"
         )

@@ -123,11 +123,9 @@ def mapped_array(path: Path) -> ndarray:
 @contextmanager
 def _held(path: Path) -> Iterator[FileIO]:
     # Opened to append, by this process alone.
-    import fcntl  # POSIX has it
-
     while True:
         file = open(path, "ab", buffering=0)  # what a full disk refuses is not tried again
-        fcntl.flock(file, fcntl.LOCK_EX)
+        _lock(file)
         # Whoever held it has renamed or removed it, or the name is still that of this file.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
@@ -143,11 +141,24 @@ def _held(path: Path) -> Iterator[FileIO]:
             raise
 
 
+def _lock(file: FileIO) -> None:
+    # Waits until this process alone has the file. The system releases it when the file is closed,
+    # also by a kill.
+    if sys.platform == "win32":
+        import msvcrt
+
+        msvcrt.locking(file.fileno(), msvcrt.LK_LOCK, 1)
+    else:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
 def _append(file: FileIO, source: Source, progress: tqdm):
     # What a file that was cut off at any byte has of whole blocks is kept.
-    num_vertices = len(source.template[0])
-    header = _header(sum(source.sizes), num_vertices)
-    size = FLOAT.itemsize * 3 * num_vertices
+    num_vertices, channels = len(source.template[0]), getattr(source, "channels", 3)
+    header = _header(sum(source.sizes), num_vertices, channels)
+    size = FLOAT.itemsize * channels * num_vertices
     ends = [len(header) + size * num for num in accumulate(source.sizes, initial=0)]
     written = os.fstat(file.fileno()).st_size
     start = sum(end <= written for end in ends) - 1
@@ -172,9 +183,9 @@ def _append(file: FileIO, source: Source, progress: tqdm):
         raise ValueError(f"Expected {ends[-1]} bytes in {file.name} (got {written})")
 
 
-def _header(num_meshes: int, num_vertices: int) -> bytes:
+def _header(num_meshes: int, num_vertices: int, channels: int) -> bytes:
     buffer = BytesIO()
-    shape = (num_meshes, num_vertices, 3)
+    shape = (num_meshes, num_vertices, channels)
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": FLOAT.str, "fortran_order": False, "shape": shape}
     )

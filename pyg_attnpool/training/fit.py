@@ -66,7 +66,7 @@ def fit(
     mean and standard deviation, in metres, and latent statistics of the training meshes.
 
     A network with a method :obj:`fit` of its own, such as :class:`~pyg_attnpool.models.PCA`, is
-    fitted by that; the arguments of training do not matter to it.
+    fitted by that to all training meshes; the other arguments do not matter to it.
 
     Args:
         model (MorphableModel): The model.
@@ -118,10 +118,12 @@ def fit(
     if not isinstance(model, MorphableModel):
         raise TypeError(f"Expected a MorphableModel to fit (got {type(model).__name__})")
     train, val = as_meshes(train), None if val is None else as_meshes(val)
-    if val is None:
+    closed = hasattr(model.autoencoder, "fit")
+    if val is None and not closed:
         train, val = _split(train)
     for name, meshes in (("training meshes", train), ("validation meshes", val)):
-        check_meshes(name, meshes, model.num_vertices, model.in_channels)
+        if meshes is not None:
+            check_meshes(name, meshes, model.num_vertices, model.in_channels)
     for name, value in (("epochs", epochs), ("batch_size", batch_size)):
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"Expected positive '{name}' (got {value})")
@@ -134,7 +136,7 @@ def fit(
         warn_millimetres("training meshes", block)
         break
 
-    if hasattr(model.autoencoder, "fit"):
+    if closed:
         meshes = train if isinstance(train, Tensor) else train.read(torch.arange(len(train)))
         model.autoencoder.fit(meshes.to(model.mean))
         model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - start)}

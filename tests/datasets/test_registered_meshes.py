@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool.datasets import RegisteredMeshes
+from pyg_attnpool.datasets import RegisteredMeshes, looks_unaligned
 
 pytest.importorskip("openmesh")
 FACES = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
@@ -33,11 +33,13 @@ def test_folder_in_sorted_order(tmp_path):
     # Written in another order than sorted; not all of one format or depth.
     write_obj(tmp_path / "b.obj", meshes[2])
     write_obj(tmp_path / "z" / "a.obj", meshes[3])
-    write_off(tmp_path / "a10.off", meshes[0])
-    write_obj(tmp_path / "a9.OBJ", meshes[1])
+    write_off(tmp_path / "a10.off", meshes[1])
+    write_obj(tmp_path / "a9.OBJ", meshes[0])
+    write_obj(tmp_path / ".a8.obj", meshes[0])  # hidden, as temporary files are
+    write_obj(tmp_path / ".old" / "a.obj", meshes[0])
     (tmp_path / "notes.txt").write_text("no mesh")
     dataset = RegisteredMeshes(tmp_path)
-    assert dataset.name == ["a10.off", "a9.OBJ", "b.obj", "z/a.obj"]
+    assert dataset.name == ["a9.OBJ", "a10.off", "b.obj", "z/a.obj"]
     assert dataset.vertices.dtype == torch.float32
     np.testing.assert_allclose(dataset.vertices.numpy(), meshes, atol=1e-6)
     np.testing.assert_allclose(dataset.template[0], meshes[0], atol=1e-6)
@@ -63,16 +65,16 @@ def test_coma_folders_give_labels(tmp_path):
     assert RegisteredMeshes(tmp_path).subject is None
 
 
-def test_scale_takes_meshes_and_template_to_metres(tmp_path):
+def test_unit_takes_meshes_and_template_to_metres(tmp_path):
     meshes = tetrahedra(3)
     for i, mesh in enumerate(meshes):
         write_obj(tmp_path / f"{i}.obj", 1000 * mesh)
-    dataset = RegisteredMeshes(tmp_path, scale=0.001)
+    dataset = RegisteredMeshes(tmp_path, unit="mm")
+    assert dataset.unit == "mm"
     np.testing.assert_allclose(dataset.vertices.numpy(), meshes, atol=1e-6)
     np.testing.assert_allclose(dataset.template[0], meshes[0], atol=1e-6)
-    for scale in (0, -1, float("nan")):
-        with pytest.raises(ValueError, match="positive 'scale'"):
-            RegisteredMeshes(tmp_path, scale=scale)
+    with pytest.raises(ValueError, match=r"'unit' to be one of \['m', 'cm', 'mm'\] .got 'inch'"):
+        RegisteredMeshes(tmp_path, unit="inch")
 
 
 def test_folder_with_a_template_of_its_own(tmp_path):
@@ -164,7 +166,7 @@ def test_array_beside_a_template(tmp_path, dtype):
         dataset = RegisteredMeshes(tmp_path / name, template=tmp_path / "template.obj")
         assert torch.equal(dataset.vertices, torch.from_numpy(meshes).float())
         np.testing.assert_allclose(dataset.template[0], tetrahedra(1, seed=1)[0], atol=1e-6)
-    dataset = RegisteredMeshes(tmp_path / "a.npy", (1000 * meshes[0], FACES), scale=1e-3)
+    dataset = RegisteredMeshes(tmp_path / "a.npy", (1000 * meshes[0], FACES), unit="mm")
     np.testing.assert_allclose(dataset.template[0], meshes[0], rtol=1e-6)
     np.testing.assert_allclose(dataset.vertices.numpy(), 1e-3 * meshes, rtol=1e-6)
 
@@ -204,3 +206,87 @@ def test_pickles_are_refused(tmp_path):
     np.save(path, np.array([{"vertices": 1}], dtype=object), allow_pickle=True)
     with pytest.raises(ValueError, match=r"meshes\.npy .*Python objects"):
         RegisteredMeshes(path, (tetrahedra(1)[0], FACES))
+
+
+def write_ply(path, vertices, **properties):
+    # Text, by hand.
+    lines = ["ply", "format ascii 1.0", f"element vertex {len(vertices)}"]
+    lines += [f"property double {name}" for name in "xyz"]
+    kinds = {name: "uchar" if name in ("red", "green", "blue") else "float" for name in properties}
+    lines += [f"property {kind} {name}" for name, kind in kinds.items()]
+    lines += [f"element face {len(FACES)}", "property list uchar int vertex_indices", "end_header"]
+    columns = [*vertices.T.tolist(), *(np.asarray(p).tolist() for p in properties.values())]
+    lines += [" ".join(map(repr, row)) for row in zip(*columns, strict=True)]
+    lines += [f"3 {a} {b} {c}" for a, b, c in FACES.tolist()]
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_features_of_ply_files_are_further_channels(tmp_path, cached):
+    pytest.importorskip("plyfile")
+    meshes, rng = tetrahedra(70), np.random.default_rng(0)
+    colors, quality = rng.integers(0, 256, (70, 3, 4)), rng.random((70, 4))
+    (tmp_path / "scans").mkdir()
+    for i, mesh in enumerate(meshes):
+        red, green, blue = colors[i]
+        extra = dict(red=red, green=green, blue=blue, quality=quality[i])
+        write_ply(tmp_path / "scans" / f"{i}.ply", mesh, **extra)
+    dataset = RegisteredMeshes(
+        tmp_path / "scans",
+        unit="cm",
+        features=["quality", "color"],
+        cache=tmp_path / "cache" if cached else None,
+    )
+    assert dataset.vertices.shape == (70, 4, 7)
+    np.testing.assert_allclose(dataset.pos, 0.01 * meshes, rtol=1e-5)
+    np.testing.assert_allclose(dataset.vertices[..., 3], quality, rtol=1e-5)
+    expected = colors.transpose(0, 2, 1) / 255
+    np.testing.assert_allclose(dataset.vertices[..., 4:], expected, rtol=1e-6)
+    assert torch.equal(dataset[3].x, dataset.vertices[3, :, 3:])
+    with pytest.raises(ValueError, match=r"features \['normal'\] in .*0.ply"):
+        RegisteredMeshes(tmp_path / "scans", features=["normal"])
+
+
+def test_arrays_of_more_than_coordinates(tmp_path):
+    x = np.random.default_rng(0).random((5, 4, 6)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    dataset = RegisteredMeshes(tmp_path / "x.npy", (x[0, :, :3], FACES), unit="mm")
+    np.testing.assert_allclose(dataset.vertices[..., :3], 0.001 * x[..., :3], rtol=1e-6)
+    np.testing.assert_array_equal(dataset.vertices[..., 3:], x[..., 3:])
+
+
+def test_folders_of_one_name_have_caches_of_their_own(tmp_path):
+    meshes = tetrahedra(4)
+    for i, place in enumerate(("a", "b")):
+        write_obj(tmp_path / place / "scans" / "0.obj", meshes[2 * i])
+        write_obj(tmp_path / place / "scans" / "1.obj", meshes[2 * i + 1])
+    sets = [RegisteredMeshes(tmp_path / p / "scans", cache=tmp_path / "c") for p in ("a", "b")] * 2
+    for dataset, expected in zip(sets, [meshes[:2], meshes[2:]] * 2, strict=True):
+        np.testing.assert_allclose(dataset.vertices.numpy(), expected, atol=1e-6)
+
+
+def test_aligned_on_the_template(tmp_path):
+    scipy = pytest.importorskip("scipy.spatial.transform")
+    mesh = tetrahedra(1)[0]
+    for i, turn in enumerate(scipy.Rotation.random(5, random_state=0)):
+        write_obj(tmp_path / f"{i}.obj", turn.apply(mesh) + i)
+    moved, aligned = (RegisteredMeshes(tmp_path, align=flag) for flag in (False, True))
+    assert looks_unaligned(moved.vertices) and not looks_unaligned(aligned.vertices)
+    expected = np.broadcast_to(aligned.template[0], (5, 4, 3))
+    np.testing.assert_allclose(aligned.vertices.numpy(), expected, atol=1e-5)
+
+
+def test_a_transform_is_applied_when_meshes_are_read(tmp_path):
+    for i, mesh in enumerate(tetrahedra(6)):
+        write_obj(tmp_path / f"{i}.obj", mesh)
+
+    def flip(data):
+        data.pos = data.pos * torch.tensor([-1.0, 1, 1])
+        return data
+
+    dataset = RegisteredMeshes(tmp_path, transform=flip)
+    read = dataset[1:].read(torch.tensor([0, 2]))
+    expected = tetrahedra(6)[[1, 3]] * [-1, 1, 1]
+    np.testing.assert_allclose(read.numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(dataset[1].pos.numpy(), expected[0], atol=1e-6)
+    assert torch.equal(dataset.face, torch.from_numpy(FACES.T))

@@ -124,11 +124,64 @@ def test_fixed_length_dilation_and_truncation():
 
 def test_too_small_a_component_is_filled_up():
     vertices, faces = join(icosphere(1), (np.eye(4)[:, :3], np.array([[0, 1, 2], [0, 2, 3]])))
-    spirals = spiral_sequences(vertices, faces, length=9)
+    spirals = spiral_sequences(vertices, faces, length=9, fill=-1)
     assert (spirals[:42] >= 0).all()
+    np.testing.assert_array_equal(spiral_sequences(vertices, faces, length=9)[:42], spirals[:42])
     for vertex, row in enumerate(spirals[42:], start=42):
         assert row[0] == vertex and sorted(row[:4]) == [42, 43, 44, 45]
         assert (row[4:] == -1).all()
+    # By default from the nearest vertices of the whole mesh, as SpiralNet++ does.
+    for dilation in (1, 2):
+        filled = spiral_sequences(vertices, faces, length=9, dilation=dilation)
+        distance = np.linalg.norm(vertices[:, None] - vertices, axis=2)
+        for vertex in range(42, 46):
+            nearest = distance[vertex].argsort(kind="stable")[: 9 * dilation : dilation]
+            got = distance[vertex, filled[vertex]]
+            assert filled[vertex, 0] == vertex
+            np.testing.assert_allclose(got, distance[vertex, nearest])
+
+
+SMALL = {
+    "tetrahedron": (np.eye(4)[:, :3], np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])),
+    "octahedron": (
+        np.array([[1, 0, 0], [-1, 0, 0], [0, 1, 0], [0, -1, 0], [0, 0, 1], [0, 0, -1.0]]),
+        np.array(
+            [[0, 2, 4], [2, 1, 4], [1, 3, 4], [3, 0, 4], [2, 0, 5], [1, 2, 5], [3, 1, 5], [0, 3, 5]]
+        ),
+    ),
+    "triangle": (np.eye(3), np.array([[0, 1, 2]])),
+    "strip": (
+        np.array([[i / 2, i % 2, 0] for i in range(9)]),
+        np.array([[i, i + 1 + i % 2, i + 2 - i % 2] for i in range(7)]),
+    ),
+    "icosphere 0": icosphere(0),
+    "icosphere 1": icosphere(1),
+    "icosphere 2": icosphere(2),
+    "open": blob(1, seed=0, hole=True),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rings_end_where_the_mesh_ends(name):
+    vertices, faces = SMALL[name]
+    n = len(vertices)
+    adjacency = np.eye(n, dtype=bool)
+    adjacency[faces, np.roll(faces, 1, axis=1)] = adjacency[np.roll(faces, 1, axis=1), faces] = True
+    reach = np.eye(n, dtype=bool)
+    for hops in range(1, 13):
+        reach = reach @ adjacency
+        spirals = spiral_sequences(vertices, faces, hops=hops)
+        for vertex, row in enumerate(spirals):
+            members = row[row >= 0]
+            assert len(set(members)) == len(members) and row[0] == vertex
+            assert set(members) == set(np.flatnonzero(reach[vertex]))
+    for fill in (-1, "nearest"):
+        spirals = spiral_sequences(vertices, faces, length=n, fill=fill)
+        assert (np.sort(spirals, axis=1) == np.arange(n)).all()
+    beyond = spiral_sequences(vertices, faces, length=n + 3, fill=-1)
+    assert (beyond[:, n:] == -1).all()
+    with pytest.raises(ValueError, match="at least 'length'"):
+        spiral_sequences(vertices, faces, length=n + 1)
 
 
 def test_hierarchy_carries_the_reference_to_the_nearest_vertex():
