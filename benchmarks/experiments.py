@@ -236,7 +236,7 @@ def _open(name: str, options: Options) -> MeshDataset:
         listed = root / "DynamicFAUST" / "test_list.txt"
         return DynamicFAUST(root / "DynamicFAUST", listed if listed.exists() else None)
     if name == "synhand":
-        return SynHand(root / "SynHand" / "raw", root=root / "SynHand")
+        return SynHand(root / "SynHand" / "raw", cache=root / "SynHand" / "processed")
     if not Path(name).is_dir():
         raise ValueError(
             f"Expected 'data' to be faces, bodies, hands, coma, dfaust, synhand or a folder of "

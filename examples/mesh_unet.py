@@ -28,20 +28,9 @@ class UNet(torch.nn.Module):
         self.pools, self.unpools = torch.nn.ModuleList(), torch.nn.ModuleList()
         self.up_convs = torch.nn.ModuleList()
         for i in range(len(channels) - 1):
-            n, m = hierarchy.num_vertices[i : i + 2]
-            fine, coarse = hierarchy.positions(i), hierarchy.positions(i + 1)
-            down, up = hierarchy.down[i], hierarchy.up[i]
-            self.pools.append(
-                AttentionPool(
-                    n, m, k=8, prior=down, source_pos=fine, target_pos=coarse, init="lifted"
-                )
-            )
+            self.pools.append(AttentionPool.from_hierarchy(hierarchy, i))
             self.convs.append(GCNConv(channels[i], channels[i + 1]))
-            self.unpools.append(
-                AttentionUnpool(
-                    m, n, k=8, prior=up, source_pos=coarse, target_pos=fine, init="lifted"
-                )
-            )
+            self.unpools.append(AttentionUnpool.from_hierarchy(hierarchy, i))
             self.up_convs.append(GCNConv(channels[i + 1] + channels[i], channels[i]))
         self.lin = Linear(channels[0] + in_channels, 3)
         for i in range(len(channels)):

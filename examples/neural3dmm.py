@@ -6,7 +6,7 @@ COMA faces, 8 latent channels, 200 epochs, interpolation split, mean error per v
 
     QEM 0.785 mm    learned 0.487 mm        wider: QEM 0.525 mm    learned 0.420 mm
 
-Reproduced on AnnyFaces (as in examples/coma.py), 12 epochs of the fast recipe, seed 0:
+Reproduced on AnnyFaces (as in examples/coma.py), 12 epochs of one cycle, seed 0:
 
     QEM 1.238 mm    learned 1.003 mm    PCA 1.600 mm
 """
@@ -14,10 +14,9 @@ Reproduced on AnnyFaces (as in examples/coma.py), 12 epochs of the fast recipe, 
 from dataclasses import dataclass
 
 import tyro
+from coma import Options, compare
 
-from pyg_attnpool import MeshHierarchy
-from pyg_attnpool.comparison import Options, compare
-from pyg_attnpool.models import MeshAutoencoder, neural3dmm
+from pyg_attnpool import MeshHierarchy, MorphableModel
 
 
 @dataclass
@@ -29,18 +28,19 @@ class SpiralOptions(Options):
 
 
 def main(options: SpiralOptions):
-    def build(hierarchy: MeshHierarchy, pool: str) -> MeshAutoencoder:
-        return neural3dmm(
+    def build(hierarchy: MeshHierarchy, pool: str) -> MorphableModel:
+        return MorphableModel.neural3dmm(
             hierarchy,
-            pool,
             options.latent,
-            options.wider,
-            options.hops,
-            options.dilation,
-            **options.attention(pool),
+            pool,
+            options.unit,
+            wider=options.wider,
+            hops=options.hops,
+            dilation=options.dilation,
+            variant=options.variant,
         )
 
-    compare(build, options, name="neural3dmm", recipe="neural3dmm", epochs=200)
+    compare(build, options, "neural3dmm")
 
 
 if __name__ == "__main__":

@@ -15,25 +15,19 @@ from torch_geometric.nn import ChebConv
 from torch_geometric.nn.dense import Linear
 from tqdm import tqdm
 
-from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, freeze_attention
+from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, freeze
 from pyg_attnpool.datasets import AnnyFaces
 
 
 class Denoiser(torch.nn.Module):
     def __init__(self, hierarchy: MeshHierarchy, channels: int = 32):
         super().__init__()
-        n, m = hierarchy.num_vertices
-        fine, coarse = hierarchy.positions(0), hierarchy.positions(1)
         self.register_buffer("fine_edges", hierarchy.edge_index(0))
         self.register_buffer("coarse_edges", hierarchy.edge_index(1))
         self.conv1 = ChebConv(3, channels, K=3)
-        self.pool = AttentionPool(
-            n, m, k=8, prior=hierarchy.down[0], source_pos=fine, target_pos=coarse, init="lifted"
-        )
+        self.pool = AttentionPool.from_hierarchy(hierarchy, 0)
         self.conv2 = ChebConv(channels, channels, K=6)
-        self.unpool = AttentionUnpool(
-            m, n, k=8, prior=hierarchy.up[0], source_pos=coarse, target_pos=fine, init="lifted"
-        )
+        self.unpool = AttentionUnpool.from_hierarchy(hierarchy, 0)
         self.conv3 = ChebConv(channels, channels, K=3)
         self.lin = Linear(channels, 3)
 
@@ -77,7 +71,7 @@ def main(epochs: int = 1, noise_mm: float = 2.0, seed: int = 0):
         print(f"{name:8} {1000 * (x - clean).norm(dim=-1).mean():.3f} mm per vertex")
 
     before = sum(p.numel() for p in model.parameters())
-    freeze_attention(model)
+    freeze(model)
     after = sum(p.numel() for p in model.parameters())
     print(f"parameters: {before:,} in training, {after:,} shipped")
 

@@ -183,7 +183,7 @@ def _append(file: FileIO, source: Source, progress: tqdm):
         raise ValueError(f"Expected {ends[-1]} bytes in {file.name} (got {written})")
 
 
-def _header(num_meshes: int, num_vertices: int, channels: int) -> bytes:
+def _header(num_meshes: int, num_vertices: int, channels: int = 3) -> bytes:
     buffer = BytesIO()
     shape = (num_meshes, num_vertices, channels)
     np.lib.format.write_array_header_1_0(

@@ -34,17 +34,17 @@ class SynHand(RegisteredMeshes):
 
     def __init__(
         self,
-        path: str | Path,
+        root: str | Path,
         template: str | Path | tuple[ndarray, ndarray] | None = None,
-        scale: float = 0.001,
+        unit: str = "mm",
         transform: Callable | None = None,
-        root: str | Path | None = None,
+        cache: str | Path | None = None,
     ):
-        path = Path(path).expanduser()
+        path = Path(root).expanduser()
         if not path.exists():
             raise FileNotFoundError(
                 f"Expected meshes of SynHand5M at {path} (got no such file or folder): ask the "
                 f"authors of https://arxiv.org/abs/1808.09208 for them, and put them there as "
                 f"mesh files or as an array [M, 1193, 3] in a .npy file"
             )
-        super().__init__(path, template, scale, transform, root)
+        super().__init__(path, template, unit, transform, cache)

@@ -21,7 +21,7 @@ def moved(x, num, seed=0):
 
 def test_known_motions_are_found_exactly():
     x = shape()
-    meshes, rotation, shift = moved(x, 7)
+    meshes, rotation, _ = moved(x, 7)
     found = align(meshes, reference=x)
     assert_close(found.vertices, x.expand(7, -1, -1))
     assert_close(found.rotation, rotation.mT)

@@ -22,15 +22,15 @@ def test_folder_and_array_are_the_same_hands_in_metres(tmp_path, stored):
     np.save(tmp_path / "meshes.npy", meshes.astype(np.float32))
     roots = [tmp_path / "a" if stored else None, tmp_path / "b" if stored else None]
     folder = SynHand(tmp_path / "meshes", root=roots[0])
-    array = SynHand(tmp_path / "meshes.npy", template=(meshes[0], FACES), root=roots[1])
+    array = SynHand(tmp_path / "meshes.npy", template=(meshes[0], FACES), cache=roots[1])
     for dataset in (folder, array):
         np.testing.assert_allclose(dataset.vertices.numpy(), meshes / 1000, rtol=1e-5, atol=1e-8)
         np.testing.assert_allclose(dataset.template[0], meshes[0] / 1000, rtol=1e-5, atol=1e-8)
         assert np.array_equal(dataset.template[1], FACES)
     assert folder.name[51] == "1/00051.ply"
     for root in filter(None, roots):
-        files = sorted(p.name for p in (root / "processed").iterdir())
-        assert files == ["meshes.npy", "meshes.npz"]
+        files = sorted(p.suffix for p in root.iterdir())
+        assert files == [".npy", ".npz"]
 
 
 def test_the_file_of_an_array_stays_as_it_is(tmp_path):
@@ -44,10 +44,10 @@ def test_the_file_of_an_array_stays_as_it_is(tmp_path):
 def test_stored_again_when_the_scale_or_template_is_another(tmp_path):
     np.save(tmp_path / "meshes.npy", hands(10).astype(np.float32))
     sizes = {}
-    for scale in (1.0, 0.001):
+    for unit, scale in (("m", 1.0), ("mm", 0.001)):
         for factor in (1, 2):
             dataset = RegisteredMeshes(
-                tmp_path / "meshes.npy", (factor * TEMPLATE, FACES), scale, root=tmp_path
+                tmp_path / "meshes.npy", (factor * TEMPLATE, FACES), unit, cache=tmp_path / "c"
             )
             sizes[scale, factor] = float(dataset.vertices.abs().max())
             np.testing.assert_allclose(dataset.template[0], scale * factor * TEMPLATE)

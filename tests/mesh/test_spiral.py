@@ -141,6 +141,7 @@ def test_too_small_a_component_is_filled_up():
             np.testing.assert_allclose(got, distance[vertex, nearest])
 
 
+RING = [[0, 2], [2, 1], [1, 3], [3, 0]]
 SMALL = {
     "tetrahedron": (np.eye(4)[:, :3], np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])),
     "octahedron": (

@@ -54,7 +54,7 @@ def test_an_autoencoder_trains_with_it(hierarchy, name):
     x = torch.randn(4, hierarchy.num_vertices[0], 3)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(15):
+    for _ in range(40):
         loss = (model(x) - x).abs().mean()
         optimizer.zero_grad()
         loss.backward()
