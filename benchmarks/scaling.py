@@ -129,7 +129,7 @@ def attention_layers(levels: MeshHierarchy) -> Sequential:
     ends += [(AttentionUnpool, 32, n + 1, n, levels.up[n]) for n in reversed(steps)]
     return Sequential(
         *(
-            kind(
+            kind.published(
                 levels.num_vertices[source],
                 levels.num_vertices[target],
                 k=min(k, levels.num_vertices[source]),

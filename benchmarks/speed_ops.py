@@ -242,7 +242,7 @@ SEARCHES: dict[str, Callable[[Tensor, Tensor, int], Chosen]] = {
 def search(num_source: int, num_target: int, k: int, device: str, limit: float) -> Case:
     r"""With the keys and queries that attention starts from."""
     positions = {"source_pos": surface(num_source), "target_pos": surface(num_target)}
-    layer = AttentionUnpool(num_source, num_target, CHANNELS, k, **positions).to(device)
+    layer = AttentionUnpool.published(num_source, num_target, CHANNELS, k, **positions).to(device)
     query, key = layer.query, layer.key
     grad = torch.randn(num_target, k, device=device)
 

@@ -420,7 +420,7 @@ def test_an_empty_folder_is_no_data(options, tmp_path):
 
 def test_units_and_places_of_data(options, folder):
     meshes = experiments.Meshes(options.data[0], options)
-    small = experiments.Meshes(options.data[0], replace(options, unit=0.001))
+    small = experiments.Meshes(options.data[0], replace(options, unit="mm"))
     torch.testing.assert_close(small.dataset.vertices, 0.001 * meshes.dataset.vertices)
     assert meshes.hierarchy.num_vertices == [162, 65, 26, 11, 5]
     assert [len(part) for part in meshes.split()] == [37, 5, 6]

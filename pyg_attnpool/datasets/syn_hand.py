@@ -16,14 +16,13 @@ class SynHand(RegisteredMeshes):
     itself, so :meth:`split` keeps the first 10 of every 100 for test unless told otherwise.
 
     Args:
-        path (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
-            array of vertices :obj:`[M, 1193, 3]`.
-        template (str, Path or tuple, optional): As in :class:`RegisteredMeshes`; an array needs
-            one. (default: :obj:`None`)
-        scale (float, optional): What takes the unit of the meshes to metres.
-            (default: :obj:`0.001`)
+        root (str or Path): As in :class:`RegisteredMeshes`: a folder of mesh files, or an array of
+            vertices :obj:`[M, 1193, 3]`.
+        template (str, Path or tuple, optional): As in :class:`RegisteredMeshes`.
+            (default: :obj:`None`)
+        unit (str, optional): As in :class:`RegisteredMeshes`. (default: :obj:`"mm"`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
-        root (str or Path, optional): As in :class:`RegisteredMeshes`. (default: :obj:`None`)
+        cache (str or Path, optional): As in :class:`RegisteredMeshes`. (default: :obj:`None`)
 
     Raises:
         FileNotFoundError: If there is no such folder or file; the message says whom to ask.

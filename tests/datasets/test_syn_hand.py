@@ -21,7 +21,7 @@ def test_folder_and_array_are_the_same_hands_in_metres(tmp_path, stored):
         write_mesh(tmp_path / "meshes" / f"{i // 50}" / f"{i:05d}.ply", mesh, FACES)
     np.save(tmp_path / "meshes.npy", meshes.astype(np.float32))
     roots = [tmp_path / "a" if stored else None, tmp_path / "b" if stored else None]
-    folder = SynHand(tmp_path / "meshes", root=roots[0])
+    folder = SynHand(tmp_path / "meshes", cache=roots[0])
     array = SynHand(tmp_path / "meshes.npy", template=(meshes[0], FACES), cache=roots[1])
     for dataset in (folder, array):
         np.testing.assert_allclose(dataset.vertices.numpy(), meshes / 1000, rtol=1e-5, atol=1e-8)

@@ -60,15 +60,11 @@ class Program(torch.nn.Module):
     def __init__(self, spirals, down, up, apply):
         super().__init__()
         self.D, self.U, self.apply_ = down, up, apply
-        self.encoder = ModuleList(
-            [SpiralConv(3, CHANNELS, spirals[0]), SpiralConv(CHANNELS, CHANNELS, spirals[1])]
-        )
+        self.encoder = ModuleList([SpiralConv(3, C, spirals[0]), SpiralConv(C, C, spirals[1])])
         self.coarse = down[-1].size(0)
         self.to_latent = Linear(self.coarse * C, LATENT)
         self.from_latent = Linear(LATENT, self.coarse * C)
-        self.decoder = ModuleList(
-            [SpiralConv(CHANNELS, CHANNELS, spirals[1]), SpiralConv(CHANNELS, CHANNELS, spirals[0])]
-        )
+        self.decoder = ModuleList([SpiralConv(C, C, spirals[1]), SpiralConv(C, C, spirals[0])])
         self.out = SpiralConv(C, 3, spirals[0])
 
     def forward(self, x):
