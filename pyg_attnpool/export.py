@@ -3,6 +3,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,6 +98,7 @@ def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
             dynamic_shapes=({0: "batch"},),
             verbose=False,
         )
+        assert onnx_program is not None  # as it is asked for no file
         # Every call of a layer has folded its own copy of the pattern.
         DeduplicateInitializersPass(size_limit=2**40)(onnx_program.model)
         onnx_program.save(temporary, external_data=False)
@@ -129,7 +131,9 @@ def _evaluating(model: Module, example: Tensor) -> Module:
     return copy.deepcopy(model).eval()  # the caller's stays in its mode
 
 
-def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
+def _program(
+    model: Module, example: Tensor, spmm: Callable[..., Tensor]
+) -> torch.export.ExportedProgram:
     # Zeros in place of the example, so that its values cannot reach a file; two of them, as
     # torch.export takes a batch of one for a constant.
     zeros = example.new_zeros(2, *example.shape[1:])
@@ -160,13 +164,17 @@ def _program(model: Module, example: Tensor, spmm: Callable[..., Tensor]):
     return program
 
 
-def _bag(rowptr, col, perm, value, x, *transposed):
+def _bag(
+    rowptr: Tensor, col: Tensor, perm: Any, value: Tensor, x: Tensor, *transposed: Any
+) -> Tensor:
     return torch.nn.functional.embedding_bag(
         col, x, rowptr, mode="sum", per_sample_weights=value, include_last_offset=True
     )
 
 
-def _scatter(rowptr, col, perm, value, x, *transposed):
+def _scatter(
+    rowptr: Tensor, col: Tensor, perm: Any, value: Tensor, x: Tensor, *transposed: Any
+) -> Tensor:
     # ONNX has no bags. The row of an entry is the number of rows that ended before it; a constant,
     # which the exporter folds. Not index_add, which becomes ScatterND: onnxruntime adds there from
     # several threads at a time, and loses some where a row repeats.
@@ -182,8 +190,8 @@ def _compare(
     model: Module, run: Callable[[Tensor], Tensor], example: Tensor, path: str | Path
 ) -> float:
     # Data of the place and size of the example's, as activations may hide what is off elsewhere.
-    scale = example.std(correction=0)
-    scale = scale if scale > 0 else 1.0
+    spread = example.std(correction=0)
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
     largest = 0.0
     for batch_size in (1, 2 * len(example) + 1):
         with torch.random.fork_rng(devices=[]):

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_geometric.typing import Adj
 
 from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.ops.adjacency import pool_adjacency
 
 try:
@@ -42,7 +43,7 @@ class MappingSelect(Select):
         unpool (torch.nn.Module, optional): As in :class:`MappingPooling`. (default: :obj:`None`)
     """
 
-    def __init__(self, pool: torch.nn.Module, unpool: torch.nn.Module | None = None):
+    def __init__(self, pool: PoolingLayer, unpool: PoolingLayer | None = None):
         super().__init__()
         if unpool is not None:
             found = (unpool.num_source, unpool.num_target)
@@ -57,8 +58,9 @@ class MappingSelect(Select):
     def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
         for layer in (self.pool, self.unpool):
-            if hasattr(layer, "reset_parameters"):  # a fixed mapping has none
-                layer.reset_parameters()
+            reset = getattr(layer, "reset_parameters", None)  # a fixed mapping has none
+            if reset is not None:
+                reset()
 
     def forward(
         self,
@@ -240,8 +242,8 @@ class MappingPooling(BasePrecoarseningMixin, SRCPooling):
 
     def __init__(
         self,
-        pool: torch.nn.Module,
-        unpool: torch.nn.Module | None = None,
+        pool: PoolingLayer,
+        unpool: PoolingLayer | None = None,
         remove_self_loops: bool = True,
         degree_norm: bool = False,
         edge_weight_norm: bool = False,

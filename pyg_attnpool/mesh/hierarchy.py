@@ -5,6 +5,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -179,17 +180,17 @@ class MeshHierarchy:
         )
         return torch.from_numpy(spirals)
 
-    def save(self, path: str | Path):
+    def save(self, path: str | Path) -> None:
         r"""Writes the hierarchy to an :obj:`.npz` file, under a temporary name first."""
         arrays = self._arrays()
         with replacing(Path(path)) as temporary, open(temporary, "wb") as f:
-            np.savez_compressed(
-                f,
-                version=np.array(VERSION),
-                source=np.array(self._source()),
-                hash=np.array(digest(arrays)),
+            content: dict[str, Any] = {
+                "version": np.array(VERSION),
+                "source": np.array(self._source()),
+                "hash": np.array(digest(arrays)),
                 **arrays,
-            )
+            }
+            np.savez_compressed(f, **content)
 
     @classmethod
     def load(cls, path: str | Path) -> MeshHierarchy:

@@ -90,9 +90,9 @@ def _collapse(
     # The faces and quadrics of a mesh of `count` vertices; vertices keep their numbers.
     remaining = faces
     while True:
-        left, *result = _collapse_edges(points, remaining, quadrics, count)
+        left, found, sums = _collapse_edges(points, remaining, quadrics, count)
         if left == count:
-            return tuple(result)
+            return found, sums
         remaining = remaining[~_smallest_component(points, remaining)]
         if len(np.unique(remaining)) < count:
             raise ValueError(
@@ -155,7 +155,7 @@ def _candidates(points: ndarray, faces: ndarray, quadrics: ndarray) -> list:
     return list(zip(cost.tolist(), i.tolist(), j.tolist(), [0] * len(i), strict=True))
 
 
-def _cost(q, r, p):
+def _cost(q: Sequence[float], r: Sequence[float], p: Sequence[float]) -> float:
     # p'(Q + R)p of two symmetric 4 x 4 matrices, given by their upper triangles.
     x, y, z = p
     return (
@@ -212,7 +212,7 @@ def _keeps_turn(ring: list, p: list, q: list, i: int, j: int, min_cosine: float)
     return True
 
 
-def _move(ring: list, i: int, j: int):
+def _move(ring: list, i: int, j: int) -> None:
     around = ring[i]
     ring[i] = {}
     after, before = around.pop(j, None), ring[j].pop(i, None)

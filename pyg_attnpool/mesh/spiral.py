@@ -208,18 +208,17 @@ def reference_vertices(
 def _references(vertices: ndarray, graph: csr_array, reference: Sequence[int] | None) -> ndarray:
     from scipy.sparse.csgraph import connected_components
 
-    reference = np.array([] if reference is None else reference, dtype=np.int64).ravel()
-    if len(reference) > 0 and not 0 <= reference.min() <= reference.max() < len(vertices):
+    given = np.array([] if reference is None else reference, dtype=np.int64).ravel()
+    if len(given) > 0 and not 0 <= given.min() <= given.max() < len(vertices):
         raise ValueError(
-            f"Expected 'reference' vertices from 0 to {len(vertices) - 1} "
-            f"(got {reference.tolist()})"
+            f"Expected 'reference' vertices from 0 to {len(vertices) - 1} (got {given.tolist()})"
         )
     _, component = connected_components(graph, directed=False)
-    for label in np.setdiff1d(component, component[reference]):
+    for label in np.setdiff1d(component, component[given]):
         members = np.flatnonzero(component == label)
         offset = vertices[members] - vertices[members].mean(axis=0)
-        reference = np.append(reference, members[np.linalg.norm(offset, axis=1).argmax()])
-    return reference
+        given = np.append(given, members[np.linalg.norm(offset, axis=1).argmax()])
+    return given
 
 
 def _edge_lengths(vertices: ndarray, faces: ndarray) -> csr_array:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, ModuleList
+from torch.nn import Linear, Module, ModuleList
 
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.resolver import (
@@ -96,7 +96,8 @@ class AutoencoderConfig:
         set_(self, "channels", tuple(self.channels))
         decoder = self.decoder_channels
         if decoder is None:
-            decoder = (self.channels[-1:] or (1,)) + self.channels[::-1]
+            channels = tuple(self.channels)
+            decoder = channels[-1:] + channels[::-1]
         set_(self, "decoder_channels", tuple(decoder))
         for name in ("conv_kwargs", "down_kwargs", "up_kwargs"):
             set_(self, name, dict(getattr(self, name) or {}))
@@ -158,15 +159,15 @@ class MeshAutoencoder(torch.nn.Module):
             levels = range(num_levels)
             conv_kwargs = {"spirals": [level_spirals(hierarchy, i, **conv_kwargs) for i in levels]}
 
-        def conv(level: int, in_channels: int, out_channels: int, bias: bool = True):
+        def conv(level: int, in_channels: int, out_channels: int, bias: bool = True) -> Module:
             return convolution_resolver(
                 config.conv, hierarchy, level, in_channels, out_channels, bias, **conv_kwargs
             )
 
-        def pooling(level: int, direction: Literal["down", "up"], features: int):
+        def pooling(level: int, direction: Literal["down", "up"], features: int) -> Module:
             down = direction == "down"
             return pooling_resolver(
-                config.down if down else config.up,
+                config.down if down or config.up is None else config.up,
                 hierarchy,
                 level,
                 direction,

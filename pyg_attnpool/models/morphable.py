@@ -88,7 +88,7 @@ class MorphableModel(Module):
                 f"Expected a template of {len(hierarchy.vertices[0])} vertices as the "
                 f"autoencoder's hierarchy has (got {len(vertices)})"
             )
-        self.autoencoder = autoencoder
+        self.autoencoder: Any = autoencoder  # encode and decode are not those of every Module
         self.hierarchy = hierarchy
         self.unit = unit
         self.summary: dict[str, Any] = {}

@@ -15,7 +15,7 @@ import inspect
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import safetensors.torch
 import torch
@@ -200,7 +200,11 @@ def _network(
 
     # A layer that is fixed in the file is made fixed, not learned first.
     def restored(
-        hierarchy: MeshHierarchy, level: int, direction: str, in_channels: int, **kwargs: Any
+        hierarchy: MeshHierarchy,
+        level: int,
+        direction: Literal["down", "up"],
+        in_channels: int,
+        **kwargs: Any,
     ) -> Module:
         down = direction == "down"
         place = level if down else len(hierarchy.down) - 1 - level
@@ -211,7 +215,7 @@ def _network(
             num_source, num_target = sizes if down else sizes[::-1]
             check_index(prefix + "index", index, (num_target, None), num_source)
             return MappingPool.empty(num_source, num_target, index.size(1))
-        query = config.down if down else config.up
+        query = config.down if down or config.up is None else config.up
         published = config.variant == "published"
         return pooling_resolver(
             query, hierarchy, level, direction, in_channels, published, **kwargs

@@ -109,6 +109,15 @@ class AttentionPool(PoolingLayer):
         torch.Size([8, 25, 16])
     """
 
+    key: Parameter
+    query: Parameter
+    fusion_weight: Parameter | None
+    log_beta: Parameter | None
+    prior_index: Tensor | None
+    prior_weight: Tensor
+    source_pos: Tensor | None
+    target_pos: Tensor | None
+    search: Search | None
     default_k = K_POOL
 
     def __init__(
@@ -305,7 +314,7 @@ class AttentionPool(PoolingLayer):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         r"""Resets all learnable parameters of the module."""
-        if self.init == "prior":
+        if self.init == "prior" and self.prior_index is not None:
             key, query = _vectors_of_prior(self.prior_index, self.prior_weight, *self.key.shape)
             self.key.copy_(key)
             self.query.copy_(query)
@@ -330,8 +339,9 @@ class AttentionPool(PoolingLayer):
     def _renew_search(self) -> None:
         # The search remembers keys of one type, and none of the meta device.
         dtype = at_least_single(self.key.dtype)
-        known = self.search and self.search.last_key
-        if known is not None and self.k is not None and (known.is_meta or known.dtype != dtype):
+        if self.search is None or self.k is None:
+            return
+        if self.search.last_key.is_meta or self.search.last_key.dtype != dtype:
             self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -361,7 +371,7 @@ class AttentionPool(PoolingLayer):
             return attention(self.query, self.key, self.k, self.log_beta, prior, share, self.search)
         weight = dense_attention(self.query, self.key, self.log_beta)
         index = torch.arange(self.num_source, device=weight.device).expand_as(weight)
-        if prior is not None:
+        if prior is not None and share is not None:
             index, weight = fuse_slots(index, weight, prior[0], prior[1].to(weight.dtype), share)
         return index, weight, None
 
@@ -377,7 +387,7 @@ class AttentionPool(PoolingLayer):
     def _dense(self) -> Tensor:
         # Slots for all source vertices would be gathered one by one: they are a matrix product.
         matrix = dense_attention(self.query, self.key, self.log_beta)
-        if self.prior_index is None:
+        if self.prior_index is None or self.fusion_weight is None:
             return matrix
         prior_weight = (1 - self.fusion_weight) * self.prior_weight.to(matrix.dtype)
         return (self.fusion_weight * matrix).scatter_add(1, self.prior_index, prior_weight)

@@ -248,7 +248,7 @@ class PatternPool(PoolingLayer):
 
 
 def check_index(
-    name: str, index: Any, shape: tuple[int, int | None], num_source: int, low: int = 0
+    name: str, index: Any, shape: tuple[int | None, int | None], num_source: int, low: int = 0
 ) -> None:
     r"""Checks an index that comes from outside, such as a loaded state, before it is used.
 

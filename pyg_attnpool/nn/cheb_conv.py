@@ -1,3 +1,5 @@
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -46,6 +48,10 @@ class StaticChebConv(VertexLayer):
             range or not symmetric.
     """
 
+    rowptr: Tensor
+    col: Tensor
+    laplacian: Tensor
+
     def __init__(
         self,
         in_channels: int,
@@ -63,7 +69,7 @@ class StaticChebConv(VertexLayer):
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_source = num_nodes
-        self.lins = torch.nn.ModuleList(
+        self.lins: Any = torch.nn.ModuleList(
             Linear(in_channels, out_channels, bias=False, weight_initializer="glorot")
             for _ in range(K)
         )

@@ -1,3 +1,5 @@
+from typing import TypeGuard
+
 from torch.nn import Module
 
 from pyg_attnpool.nn.base import PoolingLayer
@@ -34,7 +36,7 @@ def freeze(model: Module) -> Module:
     return model
 
 
-def _learned(layer: Module) -> bool:
+def _learned(layer: Module) -> TypeGuard[PoolingLayer]:
     return isinstance(layer, PoolingLayer) and not isinstance(layer, MappingPool)
 
 

@@ -136,7 +136,11 @@ class GraphConv(VertexLayer):
     edge_attr: Tensor | None
 
     def __init__(
-        self, conv: Module, edge_index: Tensor, num_nodes: int, edge_attr: Tensor | None = None
+        self,
+        conv: MessagePassing,
+        edge_index: Tensor,
+        num_nodes: int,
+        edge_attr: Tensor | None = None,
     ):
         super().__init__()
         self.conv = conv
@@ -235,7 +239,7 @@ def convolution_resolver(
         query = found
     if isinstance(query, type) and issubclass(query, MessagePassing):
         attr = _edge_attr(kwargs.pop("edge_attr", None), hierarchy, level, edge_index)
-        if "bias" in inspect.signature(query.__init__).parameters:
+        if "bias" in inspect.signature(query).parameters:
             kwargs.setdefault("bias", bias)
         return GraphConv(query(in_channels, out_channels, **kwargs), edge_index, num_nodes, attr)
     if not callable(query):

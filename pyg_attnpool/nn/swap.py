@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -100,7 +100,7 @@ def swap_pooling(
     # Nothing of the model is touched before all layers are there.
     for matrices, found in zip((down, up), layers, strict=True):
         if _is_named(matrices):
-            module, names = matrices
+            module, names = cast(tuple[Module, Sequence[str]], matrices)
             for name, layer in zip(names, found, strict=True):
                 delattr(module, name)
                 setattr(module, name, layer)

@@ -3,6 +3,7 @@ r"""Meshes as batches: in memory on the device of the trainer, or read while tra
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import pytorch_lightning as pl
 import torch
@@ -42,7 +43,8 @@ class _Batches(DistributedSampler):
         rank: int = 0,
         world_size: int = 1,
     ):
-        super().__init__(range(len(x)), world_size, rank)
+        super().__init__(cast(Dataset, range(len(x))), world_size, rank)
+        self.num_meshes = len(x)
         self.mapped = isinstance(x, MeshDataset)
         self.device = torch.device("cpu") if self.mapped else x.device
         self.batch_size = batch_size
@@ -53,7 +55,7 @@ class _Batches(DistributedSampler):
 
     def __iter__(self) -> Iterator[Tensor]:
         # Lazily: when it resumes, Lightning makes the iterator before it sets the epoch.
-        num = len(self.dataset)
+        num = self.num_meshes
         order = torch.arange(num)
         if self.order_seed is not None:
             generator = torch.Generator().manual_seed(100_003 * self.order_seed + self.epoch)
@@ -102,7 +104,8 @@ class MeshData(pl.LightningDataModule):
         self.batch_size = batch_size
         self.seed = seed
 
-    def setup(self, stage: str):
+    def setup(self, stage: str) -> None:
+        assert self.trainer is not None  # which calls this
         device = self.trainer.strategy.root_device
         if isinstance(self.train, Tensor):
             self.train = self.train.to(device)

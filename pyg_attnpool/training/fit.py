@@ -207,16 +207,18 @@ def _train(
         "enable_model_summary": False,
         **arguments,
     }
+    best_of = ModelCheckpoint(folder, "best", monitor="val_mm", enable_version_counter=False)
+    bars = [_ProgressBar(refresh_rate=10, leave=True)] if _shows(arguments, callbacks) else []
     trainer = pl.Trainer(
         max_epochs=epochs,
         logger=CSVLogger(folder, name="log") if logger is None else logger,
         callbacks=[
-            ModelCheckpoint(folder, "best", monitor="val_mm", enable_version_counter=False),
+            best_of,
             # Of the end of an epoch, not of the validation within it: resuming starts the next.
             ModelCheckpoint(
                 folder, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
-            *([_ProgressBar(refresh_rate=10, leave=True)] if _shows(arguments, callbacks) else []),
+            *bars,
             *callbacks,
         ],
         num_sanity_val_steps=0,
@@ -236,8 +238,8 @@ def _train(
         trainer.fit(module, data, ckpt_path=last if resume else None, weights_only=True)
     checkpoint = load_checkpoint(best)
     module.load_state_dict(checkpoint["state_dict"])
-    scores = [c.best_model_score for c in trainer.checkpoint_callbacks if c.monitor == "val_mm"]
-    return {"steps": trainer.global_step, "val_mm": float(scores[0])}
+    score = best_of.best_model_score
+    return {"steps": trainer.global_step, "val_mm": float("nan") if score is None else score.item()}
 
 
 def _shows(arguments: dict[str, Any], callbacks: Sequence[pl.Callback]) -> bool:
@@ -278,8 +280,8 @@ def _folder(output: str | Path | None) -> Iterator[Path]:
     # The folder of a training, which no other training writes to meanwhile. The system releases
     # the lock of a process that is killed.
     if output is None:
-        with tempfile.TemporaryDirectory() as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            yield Path(temporary)
         return
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)

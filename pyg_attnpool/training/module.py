@@ -135,21 +135,20 @@ class MeshTraining(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         if not isinstance(self.optimizer, str):
             return self.optimizer(self.parameters())
-        fused = {"fused": True}
+        parameters, lr = self.parameters(), RATES[self.optimizer] if self.lr is None else self.lr
+        optimizer: torch.optim.Optimizer
         if self.optimizer == "one_cycle":
-            optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                self.parameters(), lr=self.lr, **fused
-            )
+            optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
             steps = int(self.trainer.estimated_stepping_batches)
-            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+            scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
             schedule = {"scheduler": scheduler, "interval": "step"}
             return {"optimizer": optimizer, "lr_scheduler": schedule}
         if self.optimizer == "sgd":
             optimizer = torch.optim.SGD(
-                self.parameters(), lr=self.lr, momentum=0.9, weight_decay=5e-4, **fused
+                parameters, lr=lr, momentum=0.9, weight_decay=5e-4, fused=True
             )
         else:
-            optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=5e-5, **fused)
+            optimizer = torch.optim.Adam(parameters, lr=lr, weight_decay=5e-5, fused=True)
         decay = torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.99)
         return {"optimizer": optimizer, "lr_scheduler": decay}
 

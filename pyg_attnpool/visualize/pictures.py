@@ -32,7 +32,7 @@ def plot_mesh(
     values: Tensor | None = None,
     norm: Normalize | None = None,
     azimuth: float = 20.0,
-):
+) -> None:
     r"""Draws a mesh from the front: :math:`y` is up and :math:`z` comes towards the viewer, as in
     face scans.
 
@@ -77,7 +77,7 @@ def plot_reconstructions(
     meshes: Tensor,
     reconstructions: dict[str, Tensor],
     azimuth: float = 20.0,
-):
+) -> None:
     r"""Writes a picture with one row per mesh: the truth, every model's reconstruction, and every
     model's error per vertex in one colour scale, with a bar in millimetres that ends at the 99th
     percentile.
