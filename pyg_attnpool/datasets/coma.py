@@ -5,6 +5,7 @@ from pathlib import Path
 from zipfile import BadZipFile, ZipFile
 
 import torch
+from numpy import ndarray
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.registered_meshes import GENERATOR, MeshFiles
@@ -55,7 +56,7 @@ class CoMA(MeshDataset):
         path = root / "processed" / "coma.npz"
         files = _files(root)
         if files is not None:
-            arrays = files.stored(path)
+            arrays: dict[str, ndarray] | None = files.stored(path)
         else:
             arrays = load(path, {"generator": GENERATOR})
         if arrays is None:

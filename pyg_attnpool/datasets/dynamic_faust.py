@@ -4,6 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,8 +62,10 @@ class DynamicFAUST(MeshDataset):
         if not missing:
             known = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files]
             source = hashlib.sha256(repr(known).encode()).hexdigest()
-            settings = {"generator": GENERATOR, "source": source}
-            arrays = stored(path, settings, lambda: _Registrations(files), "Reading Dynamic FAUST")
+            settings: dict[str, int | str] = {"generator": GENERATOR, "source": source}
+            arrays: dict[str, ndarray] | None = stored(
+                path, settings, lambda: _Registrations(files), "Reading Dynamic FAUST"
+            )
         else:
             arrays = load(path, {"generator": GENERATOR})
         if arrays is None:
@@ -154,7 +157,7 @@ class _Registrations:
         return vertices.transpose(2, 0, 1)
 
 
-def _opened(path: Path):
+def _opened(path: Path) -> Any:
     try:
         import h5py
     except ImportError as e:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,7 +48,7 @@ class MeshDataset(Dataset):
         self,
         vertices: Tensor,
         template: tuple[ndarray, ndarray],
-        labels: dict[str, Sequence[Any]] | None = None,
+        labels: Mapping[str, Sequence[Any]] | None = None,
         root: str | None = None,
         transform: Callable | None = None,
     ):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -108,18 +109,26 @@ class _Meshes:
     path: Path
     template: tuple[ndarray, ndarray]
     sizes: list[int]
-    labels: dict[str, list]
+    labels: dict[str, list[Any]]
 
     def stored(self, path: Path) -> dict[str, ndarray]:
         r"""All meshes, stored as by :meth:`~pyg_attnpool.datasets.stored.stored`."""
         known = hashlib.sha256(self.content().encode())
         for array in self.template:
             known.update(np.ascontiguousarray(array).data)
-        settings = {"generator": GENERATOR, "source": known.hexdigest()}
+        settings: dict[str, int | str] = {"generator": GENERATOR, "source": known.hexdigest()}
         return stored(path, settings, lambda: self, f"Reading {path.stem}")
 
     def content(self) -> str:
         r"""What changes when the meshes do."""
+        raise NotImplementedError
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        r"""As of :class:`~pyg_attnpool.datasets.stored.Source`."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        r"""All meshes, in memory."""
         raise NotImplementedError
 
 
@@ -146,7 +155,7 @@ class MeshFiles(_Meshes):
         features: Sequence[str] = (),
     ):
         self.path, self.names, self.scale, self.features = path, names, scale, tuple(features)
-        self.first = "the template"
+        self.first: Path | str = "the template"
         if template is None:
             with self._opened() as read:
                 template, self.first = read(names[0]), path / names[0]

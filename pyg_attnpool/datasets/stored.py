@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO
 from itertools import accumulate
@@ -30,11 +30,17 @@ MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 class Source(Protocol):
     r"""What meshes are made by or read from, block after block."""
 
-    template: tuple[ndarray, ndarray]
-    sizes: Sequence[int]
-    r"""The number of meshes in every block."""
-    labels: dict[str, Sequence[Any]]
-    r"""What else to store, by names other than those of the settings."""
+    @property
+    def template(self) -> tuple[ndarray, ndarray]:
+        r"""Vertices and faces."""
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        r"""The number of meshes in every block."""
+
+    @property
+    def labels(self) -> Mapping[str, Sequence[Any]]:
+        r"""What else to store, by names other than those of the settings."""
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         r"""The blocks of meshes :obj:`[m, N, 3]` from number :obj:`start` on."""
@@ -42,7 +48,7 @@ class Source(Protocol):
 
 def stored(
     path: Path,
-    settings: dict[str, int | str],
+    settings: Mapping[str, int | str],
     open_source: Callable[[], Source],
     description: str,
     mapped: bool = True,
@@ -154,7 +160,7 @@ def _lock(file: FileIO) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
-def _append(file: FileIO, source: Source, progress: tqdm):
+def _append(file: FileIO, source: Source, progress: tqdm) -> None:
     # What a file that was cut off at any byte has of whole blocks is kept.
     num_vertices, channels = len(source.template[0]), getattr(source, "channels", 3)
     header = _header(sum(source.sizes), num_vertices, channels)
@@ -192,7 +198,9 @@ def _header(num_meshes: int, num_vertices: int, channels: int = 3) -> bytes:
     return buffer.getvalue()
 
 
-def _save(path: Path, settings: dict[str, int | str], source: Source, partial: Path, mapped: bool):
+def _save(
+    path: Path, settings: Mapping[str, int | str], source: Source, partial: Path, mapped: bool
+) -> None:
     arrays = {
         **{name: np.array(value) for name, value in settings.items()},
         "vertices": np.load(partial, mmap_mode="r", allow_pickle=False),
@@ -209,7 +217,7 @@ def _save(path: Path, settings: dict[str, int | str], source: Source, partial: P
         os.replace(partial, path.with_suffix(".npy"))
 
 
-def load(path: Path, settings: dict[str, int | str]) -> dict[str, ndarray] | None:
+def load(path: Path, settings: Mapping[str, int | str]) -> dict[str, ndarray] | None:
     r"""What :meth:`stored` has stored, or :obj:`None` if nothing.
 
     Raises:

@@ -1,6 +1,7 @@
 import os
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,7 @@ def edges(faces: ndarray) -> ndarray:
     return np.stack(np.divmod(edge, size), axis=1)
 
 
-def _check_manifold(faces: ndarray, num_vertices: int):
+def _check_manifold(faces: ndarray, num_vertices: int) -> None:
     source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
     low, high = np.minimum(source, target), np.maximum(source, target)
     edge, count = np.unique(low * num_vertices + high, return_counts=True)
@@ -270,7 +271,7 @@ def _check_manifold(faces: ndarray, num_vertices: int):
         )
 
 
-def _check_suffix(path: Path):
+def _check_suffix(path: Path) -> None:
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"Expected a file name ending in one of {SUFFIXES} (got {path.name})")
 
@@ -373,7 +374,7 @@ def _fans(polygons: ndarray) -> ndarray:
 
 
 @contextmanager
-def _captured_stderr():
+def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
     # openmesh prints its complaints from C++, one for every material of every file. Kept back,
     # they tell why a file could not be read.
     sys.stderr.flush()

@@ -3,6 +3,7 @@ r"""Mesh simplification that keeps original vertices, and the way back up."""
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -155,7 +156,7 @@ def _candidates(points: ndarray, faces: ndarray, quadrics: ndarray) -> list:
     return list(zip(cost.tolist(), i.tolist(), j.tolist(), [0] * len(i), strict=True))
 
 
-def _cost(q: Sequence[float], r: Sequence[float], p: Sequence[float]) -> float:
+def _cost(q: Any, r: Any, p: Any) -> Any:
     # p'(Q + R)p of two symmetric 4 x 4 matrices, given by their upper triangles.
     x, y, z = p
     return (

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -330,7 +331,7 @@ class _Bodies:
     def __init__(self, folder: Path, frames: int, seed: int):
         self.model = AnnyModel(folder, "AnnyBodies", rig="anny", topology="anny-noeyes-notongue")
         self.sizes = [frames] * (NUM_SUBJECTS * len(MOTIONS))
-        self.labels = {}
+        self.labels: dict[str, list[Any]] = {}
         # 'frames' decides where the sequences are sampled, never what is drawn for them.
         self.time = (np.arange(frames) + 0.5) / frames
         self.seed = seed
@@ -399,7 +400,7 @@ def rotation_vectors(angles: dict[str, ndarray]) -> dict[str, ndarray]:
     along Anny's axes."""
     turns: dict[str, Rotation] = {}
 
-    def turn(bone: str, axis: ndarray, angle: ndarray):
+    def turn(bone: str, axis: ndarray, angle: ndarray) -> None:
         # Anny's x, y, z point left, back and up.
         axis = axis[[0, 2, 1]] * [1, -1, 1] / np.linalg.norm(axis)
         rotation = Rotation.from_rotvec(np.outer(angle, axis), degrees=True)

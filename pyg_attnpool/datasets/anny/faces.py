@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -149,7 +150,7 @@ class _Faces:
     def __init__(self, folder: Path, frames: int, seed: int):
         self.head = AnnyModel(folder, "AnnyFaces", **RIG)
         self.sizes = [frames] * (NUM_SUBJECTS * len(EXPRESSIONS))
-        self.labels = {}
+        self.labels: dict[str, list[Any]] = {}
         # 'frames' decides where the sequences are sampled, never what is drawn for them.
         self.time = (np.arange(frames) + 0.5) / frames
         self.seed = seed

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -104,7 +105,7 @@ class _Hands:
     def __init__(self, folder: Path, meshes: int, seed: int):
         self.model = AnnyModel(folder, "AnnyHands", rig="anny-hand.R", topology="hand.R")
         self.sizes = [min(BLOCK, meshes - i) for i in range(0, meshes, BLOCK)]
-        self.labels = {}
+        self.labels: dict[str, list[Any]] = {}
         self.seed = seed
         # Anny turns the bones of a part of the body about the axes of the whole one.
         self.axes = self.model.model.reference_bone_orientations[0].numpy()

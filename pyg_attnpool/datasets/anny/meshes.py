@@ -4,7 +4,7 @@ import copy
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ class AnnyMeshes(MeshDataset):
         size: dict[str, int],
         seed: int,
         source: Callable[[Path], Source],
-        labels: dict[str, Sequence[Any]],
+        labels: Mapping[str, Sequence[Any]],
         transform: Callable | None = None,
         mapped: bool = True,
     ):
@@ -145,7 +145,7 @@ class AnnyModel:
         # Anny's x, y, z point left, back and up; COMA's left, up and front.
         return vertices[..., [0, 2, 1]] * np.array([1.0, 1.0, -1.0])
 
-    def keep(self, vertices: ndarray):
+    def keep(self, vertices: ndarray) -> None:
         r"""Leaves out all vertices but these, at no more than their part of the work."""
         model, kept = copy.copy(self.model), torch.from_numpy(vertices)
         model._buffers = {
@@ -187,10 +187,10 @@ class AnnyModel:
         shape = self.average_adult()
         for name, value in drawn.items():
             shape["phenotypes"][:, self.model.phenotype_labels.index(name)] = value
-        common = {}
+        common: dict[str, float] = {}
         for i, name in enumerate(self.model.local_change_labels):
             value, own = rng.standard_normal(2)
-            side, part = re.fullmatch(r"([lr]-)?(.*)", name).groups()
+            side, part = re.findall(r"^([lr]-)?(.*)$", name)[0]
             if re.match(changes, part) is None or self.reach[name] == 0:
                 continue
             if side:
@@ -206,7 +206,7 @@ def smoothstep(x: ndarray) -> ndarray:
     return x**3 * (10 + x * (6 * x - 15))
 
 
-def load_anny(folder: Path, name: str, **options: Any):
+def load_anny(folder: Path, name: str, **options: Any) -> Any:
     r"""Anny's model of these options, in double precision."""
     try:
         import anny
@@ -237,7 +237,9 @@ def load_anny(folder: Path, name: str, **options: Any):
             source.load_blend_shape = slow
 
 
-def load_blend_shape(filename, vertices_count, world_transformation, dtype):
+def load_blend_shape(
+    filename: Any, vertices_count: int, world_transformation: Any, dtype: torch.dtype
+) -> torch.Tensor:
     r"""What Anny's function of this name returns, sooner. Some files are empty."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*input contained no data.*")
