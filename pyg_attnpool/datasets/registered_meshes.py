@@ -370,7 +370,8 @@ def _read_array(path: Path) -> Tensor:
         raise FileNotFoundError(f"Expected meshes at {path} (got no such file or folder)")
     try:
         if path.suffix.lower() == ".npy":
-            names, array = [], mapped_array(path)
+            names: list[str] = []
+            array: ndarray | None = mapped_array(path)
         else:
             with np.load(path, allow_pickle=False) as file:
                 key = file.files[0] if len(file.files) == 1 else "vertices"

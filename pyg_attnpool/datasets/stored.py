@@ -98,12 +98,15 @@ def stored(
             # Those of other settings too, which nobody will go on with.
             for left in path.parent.glob(f".{path.stem}.*.partial.npy"):
                 left.unlink(missing_ok=True)
-    file = path.with_suffix(".npy") if mapped else path
+    written = path.with_suffix(".npy") if mapped else path
     print(
         f"Made {sum(source.sizes):,} meshes of {len(source.template[0]):,} vertices, "
-        f"{file.stat().st_size / 1e6:.0f} MB in {file}"
+        f"{written.stat().st_size / 1e6:.0f} MB in {written}"
     )
-    return load(path, settings)
+    arrays = load(path, settings)
+    if arrays is None:
+        raise ValueError(f"Expected meshes in {path} (got no such file, just after it was written)")
+    return arrays
 
 
 def mapped_array(path: Path) -> ndarray:

@@ -49,18 +49,19 @@ def closest_points(
         chunk = points[start : start + CHUNK]
         # A little more, so that rounding leaves no face out.
         reach = used.query(chunk)[0] * (1 + 1e-9) + 1e-12 * radius.max()
-        point, face = [], []
+        points_hit, faces_hit = [], []
         for group, tree, largest in trees:
             hits = tree.query_ball_point(chunk, reach + largest)
             count = np.fromiter(map(len, hits), dtype=np.int64, count=len(chunk))
-            point.append(np.repeat(np.arange(len(chunk)), count))
-            face.append(group[np.concatenate(hits).astype(np.int64)])
-        point, face = np.concatenate(point), np.concatenate(face)
+            points_hit.append(np.repeat(np.arange(len(chunk)), count))
+            faces_hit.append(group[np.concatenate(hits).astype(np.int64)])
+        point, face = np.concatenate(points_hit), np.concatenate(faces_hit)
         weight, square = closest_on_triangles(chunk[point], *corners[face].swapaxes(0, 1))
         order = np.lexsort((face, square, point))
         best = order[np.searchsorted(point[order], np.arange(len(chunk)))]
         results.append((face[best], weight[best], np.sqrt(square[best])))
-    return tuple(map(np.concatenate, zip(*results, strict=True)))
+    found, weights, distances = zip(*results, strict=True)
+    return np.concatenate(found), np.concatenate(weights), np.concatenate(distances)
 
 
 def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:

@@ -48,7 +48,7 @@ SPINE = {"spine05": 0.25, "spine04": 0.25, "spine03": 0.2, "spine02": 0.15, "spi
 NECK = {"neck01": 0.3, "neck02": 0.2, "neck03": 0.2, "head": 0.3}
 FIST = {f"finger{i}-{j}": share for i in range(2, 6) for j, share in ((1, 0.9), (2, 1), (3, 0.6))}
 PELVIS = {"root": 1, "spine05": -0.5, "spine04": -0.5, "upperleg01.L": -1, "upperleg01.R": -1}
-CENTER = {
+CENTER: dict[str, Any] = {
     "pelvis_bend": (PELVIS, (1, 0, 0)),
     "pelvis_lean": (PELVIS, (0, 0, -1)),
     "pelvis_turn": (PELVIS, (0, 1, 0)),
@@ -59,7 +59,7 @@ CENTER = {
     "tilt": (NECK, (0, 0, -1)),
     "look": (NECK, (0, 1, 0)),
 }
-LIMB = {
+LIMB: dict[str, Any] = {
     "arm_turn": ({"upperarm01": 1}, (0.65, -0.76, 0)),
     "arm_out": ({"clavicle": 0.1, "shoulder01": 0.2, "upperarm01": 0.7}, (0, 0, 1)),
     "arm_front": ({"shoulder01": 0.2, "upperarm01": 0.8}, (-1, 0, 0)),
@@ -106,7 +106,7 @@ LIMITS = {
 # Every motion: how often it is repeated, and the degrees between which joints move. "*" stands for
 # both sides, "~" for both, the right half a turn later, "+" for the side that a subject prefers and
 # "-" for the other. A third number delays a joint, in parts of a turn.
-MOTIONS = {
+MOTIONS: dict[str, Any] = {
     "chicken_wings": (
         4,
         {"arm_out*": (-10, 50), "arm_turn*": (45, 35), "elbow*": (85, 90), "fist*": (50, 50)},

@@ -196,7 +196,7 @@ def _draw_motion(
             (end - time + lag) / (end - turn)
         )
 
-    def wobble(size: float) -> ndarray:
+    def wobble(size: float) -> Any:
         return sum(size * rng.standard_normal() / k * np.sin(np.pi * k * time) for k in (1, 2, 3))
 
     actions = np.zeros((len(time), len(head.actions)))
