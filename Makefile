@@ -1,14 +1,18 @@
 # Everything happens in .venv of this checkout. Paths are relative, so the checkout may lie anywhere.
 SHELL := /bin/bash
+# Any Python from 3.10 on, and any torch from 2.6 on: make PYTHON=python3.12 TORCH=2.11.0
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 RUN := $(VENV)/bin/python
-TORCH := 2.13.0
+TORCH ?= 2.13.0
+SOURCES := $(wildcard pyg_attnpool/csrc/*)
 
 # Wheels built ahead spare compiling where they lie beside the checkout.
 export PIP_FIND_LINKS := $(strip $(PIP_FIND_LINKS) $(wildcard ../shared/wheels))
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export MAX_JOBS ?= 2
+# Threads that spin while they wait slow down everything on a machine that has other work.
+export OMP_WAIT_POLICY ?= passive
 # ninja and cmake of the virtual environment, for packages that compile.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
@@ -27,24 +31,24 @@ endef
 INSTALL := $(RUN) -m pip install --progress-bar on
 
 # openmesh needs a CMake of before 4 and a setuptools of before 81.
-$(VENV)/.complete: setup.py Makefile pyg_attnpool/ops/cpu.cpp
+$(VENV)/.complete: setup.py pyproject.toml Makefile $(SOURCES)
 	$(call step,1/5 virtual environment in $(VENV),\
-	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 11)' \
+	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 10)' \
 	  && $(PYTHON) -m venv --without-pip $(VENV) \
 	  && $(PYTHON) -m pip --python $(RUN) install --quiet pip,\
-	  Python 3.11 with pip is needed; name another with PYTHON=....)
+	  Python 3.10 or newer with pip is needed; name another with PYTHON=....)
 	$(call step,2/5 torch $(TORCH),\
 	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) torch===$(TORCH); \
 	  else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || $(INSTALL) torch==$(TORCH); fi,\
 	  Check the network and free disk space.)
 	$(call step,3/5 build helpers,\
-	  $(INSTALL) "setuptools<81" wheel setuptools_scm vcs_versioning "cmake<4" ninja numpy,\
+	  $(INSTALL) "setuptools>=77$(,)<81" wheel setuptools_scm vcs_versioning "cmake<4" ninja numpy,\
 	  Check the network.)
 	$(call step,4/5 torch_scatter torch_sparse openmesh (without wheels they compile: some 15 minutes),\
 	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
 	  A C++ compiler and the headers of Python are needed.)
 	$(call step,5/5 pyg_attnpool with its extras,\
-	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)export$(,)tgp$(,)dev]",\
+	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)export$(,)tgp$(,)hub$(,)dev]",\
 	  Check the network.)
 	@touch $@
 
@@ -52,7 +56,7 @@ demo: setup
 	$(RUN) examples/coma.py --output runs/demo --resume
 
 test: setup
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --cov=pyg_attnpool --cov-report=term
 
 test-all: setup
 	$(RUN) -m pytest
@@ -60,6 +64,7 @@ test-all: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 clean:
 	rm -rf $(VENV) build *.egg-info

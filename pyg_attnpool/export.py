@@ -11,7 +11,7 @@ from torch.nn import Module
 
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool
-from pyg_attnpool.ops import cheb, spiral
+from pyg_attnpool.ops.backend import decompositions
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
@@ -140,13 +140,7 @@ def _program(
     with torch.no_grad(), _quiet():
         program = torch.export.export(
             model, (zeros,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        ).run_decompositions(
-            {
-                torch.ops.pyg_attnpool.spmm.default: spmm,
-                torch.ops.pyg_attnpool.cheb_conv.default: cheb._cheb_conv.composed,
-                torch.ops.pyg_attnpool.spiral_conv.default: spiral._spiral_conv.composed,
-            }
-        )
+        ).run_decompositions(decompositions(spmm=spmm))
     # What only a backward pass reads, such as transposed patterns, would be most of the file. The
     # rest is copied: a view, such as a row of an edge_index, drags all of its storage along.
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]

@@ -1,14 +1,17 @@
-r"""The compiled operations of :obj:`cpu.cpp`, for contiguous tensors in single or double precision.
+r"""The compiled operations of :obj:`csrc`, for contiguous tensors in single or double precision.
 
-Set-up builds the library three times from one source, for different instruction sets; this module
-takes the one that fits the processor. Where none could be built, :obj:`AVAILABLE` is
-:obj:`False`, and :mod:`pyg_attnpool.ops` makes do with operations of PyTorch.
+Set-up builds the library three times, for different instruction sets; this module loads the one
+that fits the processor. Where none could be built, :obj:`AVAILABLE` is :obj:`False`, and
+:mod:`pyg_attnpool.ops` uses operations of PyTorch instead.
+
+The callers check shapes and types. The functions here only allocate the results.
 """
 
 import ctypes
 import math
+import os
 import threading
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import POINTER, c_double, c_int64, c_void_p
 from pathlib import Path
 from struct import unpack_from
 from typing import Any
@@ -16,27 +19,61 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 3  # that of cpu.cpp: raised in both with every change of a function's arguments
+VERSION = 3  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
+SIZE, NUMBER, ARRAY, ARRAYS = c_int64, c_double, c_void_p, POINTER(c_void_p)
+# The arguments of every function, in the order of its declaration.
+TYPED = {  # compiled for each of DTYPES, whose name is appended
+    # M, C, rowptr, col, perm, value, x, scale, minus, out
+    "spmm": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, ARRAY, ARRAY],
+    # N, C, K, rowptr, col, value, x, out
+    "terms": [SIZE, SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+    # M, C, rowptr, col, a, b, out
+    "sddmm": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+    # N, C, rowptr_t, col_t, perm, value, g, x, grad_x, grad_value
+    "spmm_grads": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+    # M, B, F, G, S, x, weight, bias, out
+    "convolve_slots": [SIZE, SIZE, SIZE, SIZE, SIZE, ARRAYS, ARRAY, ARRAY, ARRAY],
+    # M, B, F, G, S, rowptr, col, slot, x, weight, bias, out
+    "convolve_entries": [*[SIZE] * 5, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+    # M, B, F, G, S, x, g, index, out
+    "outer": [SIZE, SIZE, SIZE, SIZE, SIZE, ARRAYS, ARRAYS, ARRAY, ARRAY],
+    # M, N, c, k, K, query, key, last_query, last_key, candidates, angle, index, score, searched
+    "topk": [*[SIZE] * 5, *[ARRAY] * 9],
+    # M, k, P, score, prior, scale, share, weight
+    "attention": [SIZE, SIZE, SIZE, ARRAY, ARRAY, NUMBER, NUMBER, ARRAY],
+    # M, N, c, k, P, query, key, index, score, prior, scale, share, grad, rowptr_t, col_t, perm,
+    # grad_query, grad_key, grad_scalars
+    "attention_backward": [*[SIZE] * 5, *[ARRAY] * 5, NUMBER, NUMBER, *[ARRAY] * 7],
+}
+UNTYPED = {
+    # M, N, rowptr, col, rowptr_t, col_t, perm
+    "transpose_pattern": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+}
+ARGUMENTS = UNTYPED | {
+    f"{name}_{dtype}": types for name, types in TYPED.items() for dtype in DTYPES.values()
+}
 
-def _load() -> ctypes.CDLL | None:
+
+def open_library(path: Path) -> ctypes.CDLL | None:
+    r"""Loads one build. :obj:`None` if it is incomplete, of another system or of another version
+    of the sources, which would be called with wrong arguments."""
     # Not imported as a module: this binds to the OpenMP threads of PyTorch, which is loaded first.
-    names = {"AVX512": ("avx512", "avx2", "any"), "AVX2": ("avx2", "any")}
-    for name in names.get(torch.backends.cpu.get_cpu_capability(), ("any",)):
-        for path in sorted(Path(__file__).parent.glob(f"_cpu_{name}.*")):
-            try:
-                library = ctypes.CDLL(str(path)) if _whole(path) else None
-            except OSError:
-                continue
-            # One left from another version of the source would be called with wrong arguments.
-            if getattr(library, f"pyg_attnpool_{VERSION}", None) is not None:
-                return library
-    return None
+    try:
+        library = ctypes.CDLL(str(path)) if _whole(path) else None
+    except OSError:
+        return None
+    if library is None or not hasattr(library, f"pyg_attnpool_{VERSION}"):
+        return None
+    for name, types in ARGUMENTS.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = types, None
+    return library
 
 
 def _whole(path: Path) -> bool:
-    # Loading an ELF file that was cut off raises nothing and kills the process. Its table of
+    # Loading an ELF file that was cut off raises nothing and kills the process. The table of its
     # sections is at its end.
     with open(path, "rb") as file:
         header = file.read(64)
@@ -46,36 +83,50 @@ def _whole(path: Path) -> bool:
     return path.stat().st_size >= table + size * count
 
 
-_library = _load()
-AVAILABLE = _library is not None
-_lock = threading.Lock()
+def _best() -> ctypes.CDLL | None:
+    names = {"AVX512": ("avx512", "avx2", "any"), "AVX2": ("avx2", "any")}
+    for name in names.get(torch.backends.cpu.get_cpu_capability(), ("any",)):
+        for path in sorted(Path(__file__).parent.glob(f"_cpu_{name}.*")):
+            library = open_library(path)
+            if library is not None:
+                return library
+    return None
+
+
+library = _best()
+AVAILABLE = library is not None
+
+# Threads that share a layer share the state of its search. A fork waits for the lock: the child
+# gets it free, and gets no state that is half written.
+search_lock = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=search_lock.acquire,
+        after_in_parent=search_lock.release,
+        after_in_child=search_lock.release,
+    )
+
 _local = threading.local()
 
 
 def workspace(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    r"""Memory that lasts until this thread asks again, and is then the same: the system need not
-    map and clear fresh pages for what an operation forms and forgets."""
+    r"""Memory for intermediate results, one block per thread and type. The next call in the same
+    thread returns the same block, so that the system need not map and clear fresh pages."""
     numel = math.prod(size)
-    tensor = getattr(_local, "workspace", {}).get(dtype)
+    blocks: dict[torch.dtype, Tensor] = getattr(_local, "workspace", {})
+    tensor = blocks.get(dtype)
     if tensor is None or tensor.numel() < numel:
         tensor = torch.empty(numel, dtype=dtype)
-        _local.workspace = {**getattr(_local, "workspace", {}), dtype: tensor}
+        _local.workspace = {**blocks, dtype: tensor}
     return tensor[:numel].view(size)
 
 
-def _call(name: str, *args: Tensor | list[Tensor] | int | float | None):
-    # Tensors live until the call returns: the caller holds them.
-    function = getattr(_library, name)
-    if function.argtypes is None:
-        function.argtypes = [_ctype(arg) for arg in args]
-    function(*(_converted(arg) for arg in args))
+def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
+    r"""Calls a function of the library. The caller holds the tensors until it returns."""
+    getattr(library, name)(*(_converted(arg) for arg in args))
 
 
-def _ctype(arg: Any) -> type:
-    return c_double if isinstance(arg, float) else c_int64 if isinstance(arg, int) else c_void_p
-
-
-def _converted(arg: Any) -> Any:
+def _converted(arg: Tensor | list[Tensor] | int | float | None) -> Any:
     if isinstance(arg, Tensor):
         return arg.data_ptr()
     if isinstance(arg, list):
@@ -96,7 +147,7 @@ def spmm(
     :math:`\mathbf{A}`, whose values :obj:`perm` puts in their order, and rows :obj:`[N, C]`."""
     out = x.new_empty(rowptr.numel() - 1, x.size(1))
     pattern = rowptr, col, perm, value
-    _call(f"spmm_{DTYPES[x.dtype]}", *out.shape, *pattern, x, scale, minus, out)
+    call(f"spmm_{DTYPES[x.dtype]}", *out.shape, *pattern, x, scale, minus, out)
     return out
 
 
@@ -105,14 +156,14 @@ def terms(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, K: int) -> list
     :math:`T_{K-1}(\mathbf{A}) \mathbf{x}` of rows :obj:`[N, B, F]`, in the workspace."""
     out = workspace((K - 1, *x.shape), x.dtype)
     sizes = (x.size(0), x[0].numel(), K)
-    _call(f"terms_{DTYPES[x.dtype]}", *sizes, rowptr, col, value, x, out)
+    call(f"terms_{DTYPES[x.dtype]}", *sizes, rowptr, col, value, x, out)
     return [x, *out]
 
 
 def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""The dot products of rows of :obj:`a` and :obj:`b` at the entries of a CSR pattern."""
     out = a.new_empty(col.numel())
-    _call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, rowptr, col, a, b, out)
+    call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, rowptr, col, a, b, out)
     return out
 
 
@@ -122,14 +173,14 @@ def spmm_grads(
     r"""The gradients of :obj:`x` and :obj:`value` from that of their product, given its transposed
     pattern."""
     out = torch.empty_like(x), torch.empty_like(value)
-    _call(f"spmm_grads_{DTYPES[x.dtype]}", *x.shape, rowptr_t, col_t, perm, value, g, x, *out)
+    call(f"spmm_grads_{DTYPES[x.dtype]}", *x.shape, rowptr_t, col_t, perm, value, g, x, *out)
     return out
 
 
 def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""The transposed CSR pattern and the entry that each of its entries came from."""
     out = rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
-    _call("transpose_pattern", rowptr.numel() - 1, num_cols, rowptr, col, *out)
+    call("transpose_pattern", rowptr.numel() - 1, num_cols, rowptr, col, *out)
     return out
 
 
@@ -139,7 +190,7 @@ def convolve_slots(x: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tens
     (num_nodes, batch, _), (slots, F, G) = x[0].shape, weight.shape
     out = weight.new_empty(num_nodes, batch, G)
     name = f"convolve_slots_{DTYPES[out.dtype]}"
-    _call(name, num_nodes, batch, F, G, slots, x, weight, bias, out)
+    call(name, num_nodes, batch, F, G, slots, x, weight, bias, out)
     return out
 
 
@@ -151,7 +202,7 @@ def convolve_entries(
     slots, F, G = weight.shape
     out = x.new_empty(rowptr.numel() - 1, x.size(1), G)
     name = f"convolve_entries_{DTYPES[x.dtype]}"
-    _call(name, *out.shape[:2], F, G, slots, rowptr, col, slot, x, weight, bias, out)
+    call(name, *out.shape[:2], F, G, slots, rowptr, col, slot, x, weight, bias, out)
     return out
 
 
@@ -161,7 +212,7 @@ def outer(x: list[Tensor], g: list[Tensor], index: Tensor | None = None) -> Tens
     row :obj:`index[i, s]` of the former meets row :obj:`i` of the latter; -1 meets none."""
     (_, batch, F), (num_nodes, _, G) = x[0].shape, g[0].shape
     out = g[0].new_empty(len(x), F, G)
-    _call(f"outer_{DTYPES[out.dtype]}", num_nodes, batch, F, G, len(x), x, g, index, out)
+    call(f"outer_{DTYPES[out.dtype]}", num_nodes, batch, F, G, len(x), x, g, index, out)
     return out
 
 
@@ -176,13 +227,13 @@ def topk(
     searched: Tensor,
 ) -> tuple[Tensor, Tensor]:
     r"""The :math:`k` keys of largest cosine to every query and their cosines; see
-    :class:`pyg_attnpool.ops.attention.Search` for the state, which it updates."""
+    :class:`pyg_attnpool.ops.search.Search` for the state, which this updates."""
     index = candidates.new_empty(query.size(0), k, dtype=torch.long)
     score = query.new_empty(index.shape)
     sizes = (query.size(0), key.size(0), key.size(1), k, candidates.size(1))
     state = (last_query, last_key, candidates, angle)
-    with _lock:  # two threads may share a layer
-        _call(f"topk_{DTYPES[query.dtype]}", *sizes, query, key, *state, index, score, searched)
+    with search_lock:
+        call(f"topk_{DTYPES[query.dtype]}", *sizes, query, key, *state, index, score, searched)
     return index, score
 
 
@@ -193,7 +244,7 @@ def attention(score: Tensor, prior: Tensor, scale: float, share: float) -> Tenso
     (num_query, k), slots = score.shape, prior.size(1)
     weight = score.new_empty(num_query, k + slots)
     name = f"attention_{DTYPES[score.dtype]}"
-    _call(name, num_query, k, slots, score, prior, scale, share, weight)
+    call(name, num_query, k, slots, score, prior, scale, share, weight)
     return weight
 
 
@@ -212,5 +263,5 @@ def attention_backward(
     out = torch.empty_like(query), torch.empty_like(key), query.new_empty(2)
     sizes = (query.size(0), *key.shape, score.size(1), prior.size(1))
     inputs = query, key, index, score, prior, scale, share, grad
-    _call(f"attention_backward_{DTYPES[query.dtype]}", *sizes, *inputs, *transposed, *out)
+    call(f"attention_backward_{DTYPES[query.dtype]}", *sizes, *inputs, *transposed, *out)
     return out

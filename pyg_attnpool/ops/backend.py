@@ -2,12 +2,14 @@ r"""How an operation reaches its backend: compiled code on a CPU, Triton on a GP
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
+
+Out = TypeVar("Out")
 
 TRITON = importlib.util.find_spec("triton") is not None
 
@@ -27,51 +29,101 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable:
-    r"""Makes a function an operator that :func:`torch.compile` and :func:`torch.export` do not look
-    into, as :func:`torch.library.custom_op` does, with its :meth:`register_fake` and
-    :meth:`register_autograd`; :obj:`composed` is the function, which on tensors without values
-    forms it of PyTorch's operations where it can. On plain tensors it is a
-    :class:`torch.autograd.Function` instead, whose call costs a fraction: a layer calls several,
-    and on small levels does little else.
+class Operator(Generic[Out]):
+    r"""A function that :func:`torch.compile` and :func:`torch.export` take for one operator.
+
+    On tensors that are traced it is a :func:`torch.library.custom_op`. On plain tensors it is a
+    :class:`torch.autograd.Function` instead, whose call costs a fraction: a layer calls several
+    operators, and on small levels it does little else.
+
+    Made by :func:`operator`. Arguments are given by position.
+
+    Attributes:
+        composed (callable): The function itself. On tensors without values it computes by
+            PyTorch's operations where it can.
+        overload (torch._ops.OpOverload): The operator as programs hold it.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Out], mutates_args: Sequence[str] = ()):
+        self.composed = function
+        self._name = name
+        self._eager = function
+        self._custom = torch.library.custom_op(
+            f"pyg_attnpool::{name}", function, mutates_args=mutates_args
+        )
+        self.overload = getattr(torch.ops.pyg_attnpool, name).default
+
+    def __call__(self, *args: Any) -> Out:
+        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+        if traced or not all(plain(arg) for arg in args):
+            return self._custom(*args)
+        return self._eager(*args)
+
+    def register_fake(self, fake: Callable[..., Out]) -> Callable[..., Out]:
+        r"""Sets the function that gives the shapes of the output; see
+        :meth:`torch.library.CustomOpDef.register_fake`."""
+        return self._custom.register_fake(fake)
+
+    def register_autograd(
+        self, backward: Callable[..., Any], *, setup_context: Callable[[Any, Any, Out], None]
+    ) -> None:
+        r"""Sets the backward pass; see :meth:`torch.library.CustomOpDef.register_autograd`."""
+        self._custom.register_autograd(backward, setup_context=setup_context)
+        function = self.composed
+
+        # Not as a method of its own: PyTorch would bind the signature at every call.
+        def forward(ctx: Any, *args: Any) -> Out:
+            output = function(*args)
+            setup_context(ctx, args, output)
+            return output
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        self._eager = type(self._name, (torch.autograd.Function,), methods).apply
+
+
+_decompositions: dict[Any, Callable[..., Tensor]] = {}
+
+
+def operator(
+    name: str, mutates_args: Sequence[str] = (), decomposes: bool = False
+) -> Callable[[Callable[..., Out]], Operator[Out]]:
+    r"""Makes a function an :class:`Operator`.
 
     Args:
         name (str): The name in :obj:`torch.ops.pyg_attnpool`.
         mutates_args (list, optional): As in :func:`torch.library.custom_op`.
             (default: :obj:`()`)
+        decomposes (bool, optional): If set to :obj:`True`, :func:`decompositions` lists the
+            operator. (default: :obj:`False`)
     """
 
-    def decorate(function: Callable) -> Callable:
-        custom = torch.library.custom_op(
-            f"pyg_attnpool::{name}", function, mutates_args=mutates_args
-        )
-        eager = function
-
-        def call(*args: Any) -> Any:
-            traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-            if traced or not all(plain(arg) for arg in args):
-                return custom(*args)
-            return eager(*args)
-
-        def register_autograd(backward: Callable, *, setup_context: Callable):
-            nonlocal eager
-            custom.register_autograd(backward, setup_context=setup_context)
-
-            # Not as a method of its own: PyTorch would bind the signature at every call.
-            def forward(ctx: Any, *args: Any) -> Any:
-                output = function(*args)
-                setup_context(ctx, args, output)
-                return output
-
-            methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-            eager = type(name, (torch.autograd.Function,), methods).apply
-
-        call.composed = function
-        call.register_fake = custom.register_fake
-        call.register_autograd = register_autograd
-        return call
+    def decorate(function: Callable[..., Out]) -> Operator[Out]:
+        made = Operator(name, function, mutates_args)
+        if decomposes:
+            _decompositions[made.overload] = made.composed
+        return made
 
     return decorate
+
+
+def decompositions(**others: Callable[..., Tensor]) -> dict[Any, Callable[..., Tensor]]:
+    r"""The operators that a model without attention layers runs, each with the PyTorch operations
+    that compute the same: what :meth:`torch.export.ExportedProgram.run_decompositions` takes.
+
+    Args:
+        **others: Functions that replace those of PyTorch for single operators, by name, such as
+            :obj:`spmm`. They take the operator's arguments.
+
+    Raises:
+        ValueError: If a name is that of no such operator.
+    """
+    table = dict(_decompositions)
+    named = {overload._opname: overload for overload in table}
+    for name, function in others.items():
+        if name not in named:
+            raise ValueError(f"Expected an operator of {sorted(named)} (got '{name}')")
+        table[named[name]] = function
+    return table
 
 
 def plain(arg: Any) -> bool:

@@ -47,7 +47,7 @@ def _clenshaw(laplacian: Laplacian, x: Tensor, weight: Tensor, bias: Tensor | No
     return out if bias is None else out + bias
 
 
-@operator("cheb_conv")
+@operator("cheb_conv", decomposes=True)
 def _cheb_conv(
     rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:

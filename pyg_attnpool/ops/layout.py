@@ -9,8 +9,14 @@ from torch import Tensor
 def on_rows(x: Tensor, num_nodes: int, op: Callable[[Tensor], Tensor]) -> Tensor:
     r"""Calls :obj:`op` on features laid out as rows :obj:`[num_nodes, B, F]`.
 
-    The batch lies beside the channels there, so that one sparse product serves all samples. The
-    result is contiguous in the caller's layout, so that :meth:`~torch.Tensor.view` works on it.
+    In rows the batch lies beside the channels, so that one sparse product serves all samples. The
+    result is contiguous in the caller's layout. Several operations in a row should share one call,
+    which saves a copy after each.
+
+    >>> x = torch.arange(6.0).view(2, 3, 1)  # two samples of three vertices
+    >>> on_rows(x, 3, lambda rows: rows[:2].cumsum(0)).flatten(1)
+    tensor([[0., 1.],
+            [3., 7.]])
 
     Args:
         x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]`, or a mini-batch
@@ -24,6 +30,7 @@ def on_rows(x: Tensor, num_nodes: int, op: Callable[[Tensor], Tensor]) -> Tensor
 
     Raises:
         ValueError: If the shape of :obj:`x` is none of the three.
+        TypeError: If :obj:`x` is not of floating point numbers.
     """
     batched = x.dim() == 3 and x.size(1) == num_nodes
     stacked = x.dim() == 2 and x.size(0) > 0 and x.size(0) % num_nodes == 0

@@ -52,7 +52,7 @@ def _(rowptr, col, num_cols):
     return rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
 
 
-@operator("spmm")
+@operator("spmm", decomposes=True)
 def _spmm(
     rowptr: Tensor,
     col: Tensor,

@@ -24,7 +24,7 @@ def spiral_pattern(spirals: Tensor) -> Spirals:
     return spirals, rowptr, col, slot, rowptr_t, col_t, slot[perm]
 
 
-@operator("spiral_conv")
+@operator("spiral_conv", decomposes=True)
 def _spiral_conv(
     index: Tensor,
     rowptr: Tensor,

@@ -5,7 +5,6 @@ from torch.testing import assert_close
 
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as ops
-from pyg_attnpool.ops.search import cosine_topk
 from pyg_attnpool.ops.sparse import ell_rowptr, transpose
 
 # number of queries, keys, channels, k
@@ -28,75 +27,6 @@ def log_beta(request, device):
         return None
     value = torch.tensor(request.param, dtype=torch.float64, device=device)
     return value.requires_grad_()
-
-
-# Search ##############################################################################
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_topk_equals_reference(sizes, device):
-    num_query, num_key, channels, k = sizes
-    query = leaf(num_query, channels, device=device)
-    key = leaf(num_key, channels, device=device)
-    assert torch.equal(cosine_topk(query, key, k), reference.cosine_topk(query, key, k)[1])
-
-
-@pytest.mark.parametrize("tile", [1, 29, 30, 58, 100, 29 * 13 - 1, 29 * 13])
-def test_topk_does_not_depend_on_the_tiles(tile, device, monkeypatch):
-    query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
-    expected = reference.cosine_topk(query, key, 4)[1]
-    monkeypatch.setattr(ops, "TILE", tile)
-    assert torch.equal(cosine_topk(query, key, 4), expected)
-
-
-@pytest.mark.parametrize("dtype,slack", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_topk_in_low_precision_is_within_rounding_of_the_best(dtype, slack, device):
-    query = leaf(37, 21, device=device, dtype=dtype)
-    key = leaf(83, 21, device=device, dtype=dtype)
-    index = cosine_topk(query, key, 9)
-    assert all(row.unique().numel() == 9 for row in index)
-    score = torch.cosine_similarity(query.double()[:, None], key.double()[index], dim=-1)
-    best, _ = reference.cosine_topk(query.double(), key.double(), 9)
-    assert_close(score, best, rtol=0, atol=slack)
-
-
-def test_ties_go_to_the_lower_index(device):
-    # Scores of axes are exact: 1, 0 or -1.
-    axes = torch.eye(3, device=device)
-    key = torch.stack([axes[1], axes[0], -axes[0], axes[0], axes[2], axes[0], -axes[0]])
-    table = [
-        (axes[0], [1, 3, 5, 0, 4, 2, 6]),
-        (-axes[0], [2, 6, 0, 4, 1, 3, 5]),
-        (axes[1], [0, 1, 2, 3, 4, 5, 6]),
-        (axes[2], [4, 0, 1, 2, 3, 5, 6]),
-    ]
-    query = torch.stack([row for row, _ in table])
-    for k in range(1, 8):
-        assert cosine_topk(query, key, k).tolist() == [order[:k] for _, order in table]
-
-
-def test_many_ties_equal_reference(device):
-    query = torch.randint(-1, 2, (40, 2), device=device).double()
-    query[:, 1] *= query[:, 0] == 0  # only axes and zeros: exact scores
-    key = torch.eye(2, dtype=torch.float64, device=device)[torch.randint(2, (57,), device=device)]
-    for k in (1, 2, 30, 56, 57):
-        expected = reference.cosine_topk(query, key, k)[1]
-        assert torch.equal(cosine_topk(query, key, k), expected)
-
-
-def test_zero_vectors_score_zero(device):
-    query = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)
-    key = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]], device=device)
-    assert cosine_topk(query, key, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
-    index, weight, _ = ops.attention(query, key, 2)
-    assert torch.equal(to_dense(index, weight, 3), reference.attention(query, key, 2))
-    assert weight.tolist() == [[0.5, 0.5], [1.0, pytest.approx(0)]]
-
-
-def test_topk_passes_opcheck(device):
-    query, key = leaf(7, 3, device=device), leaf(11, 3, device=device)
-    op = torch.ops.pyg_attnpool.topk
-    torch.library.opcheck(op, (query.detach(), key.detach(), 4))
 
 
 # Weights #############################################################################
@@ -263,6 +193,14 @@ def test_scores_below_zero_are_clamped_and_pass_no_gradient(device):
     assert_close(weight, torch.tensor([[1.0, 1e-25 / 0.6]], device=device), rtol=1e-5, atol=0)
     grads = torch.autograd.grad(weight[0, 0], (query, key))
     assert all(grad.abs().max() < 1e-20 for grad in grads)
+
+
+def test_zero_vectors_count_the_same_for_all(device):
+    query = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)
+    key = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]], device=device)
+    index, weight, _ = ops.attention(query, key, 2)
+    assert torch.equal(to_dense(index, weight, 3), reference.attention(query, key, 2))
+    assert weight.tolist() == [[0.5, 0.5], [1.0, pytest.approx(0)]]
 
 
 def test_literal_weights(device):

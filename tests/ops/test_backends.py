@@ -1,14 +1,5 @@
 r"""Every build of the compiled operations, and what takes their place where there is none."""
 
-import ctypes
-import faulthandler
-import importlib.util
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,14 +37,14 @@ def backend(request, monkeypatch):
     name = request.param
     if name == "none":
         monkeypatch.setattr(_cpu, "AVAILABLE", False)
-        monkeypatch.setattr(_cpu, "_library", None)  # who calls it nonetheless fails
+        monkeypatch.setattr(_cpu, "library", None)  # who calls it nonetheless fails
         return name
     if name not in RUNS:
         pytest.skip(f"this processor cannot run {name}")
     if not builds(name):
         pytest.skip(f"{name} is not built")
     (path,) = builds(name)
-    monkeypatch.setattr(_cpu, "_library", ctypes.CDLL(str(path)))
+    monkeypatch.setattr(_cpu, "library", _cpu.open_library(path))
     monkeypatch.setattr(_cpu, "AVAILABLE", True)
     return name
 
@@ -61,13 +52,13 @@ def backend(request, monkeypatch):
 @pytest.fixture
 def called(monkeypatch):
     r"""The names of the compiled operations that ran."""
-    names, call = set(), _cpu._call
+    names, call = set(), _cpu.call
 
     def record(name, *args):
         names.add(name.rsplit("_", 1)[0])
         call(name, *args)
 
-    monkeypatch.setattr(_cpu, "_call", record)
+    monkeypatch.setattr(_cpu, "call", record)
     return names
 
 
@@ -301,7 +292,7 @@ def test_layers_without_the_library_are_the_same(name, monkeypatch, called):
     called.clear()
     with monkeypatch.context() as patch:
         patch.setattr(_cpu, "AVAILABLE", False)
-        patch.setattr(_cpu, "_library", None)
+        patch.setattr(_cpu, "library", None)
         found = run()
     assert not called
     for a, b in zip(found, expected, strict=True):
@@ -322,155 +313,3 @@ def test_a_layer_goes_on_when_the_library_is_gone(name, monkeypatch):
         assert_close(layer(x), reference.apply(dense, x))
         with torch.no_grad():
             layer.key += 0.01 * torch.randn_like(layer.key)
-
-
-# Which build is taken ################################################################
-
-
-def take(folder, capability="AVX512"):
-    r"""What the module in a folder takes, in a process of its own: whether there is something, and
-    its path."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        signal.alarm(30)
-        try:
-            torch.backends.cpu.get_cpu_capability = lambda: capability
-            path = folder / "pyg_attnpool" / "ops" / "_cpu.py"
-            spec = importlib.util.spec_from_file_location("copied", path)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            name = getattr(module._library, "_name", None)
-            os.write(write, json.dumps([module.AVAILABLE, name]).encode())
-        except BaseException as error:
-            os.write(write, json.dumps(repr(error)).encode())
-        finally:
-            os._exit(0)
-    os.close(write)
-    with os.fdopen(read) as pipe:
-        said = pipe.read()
-    _, status = os.waitpid(child, 0)
-    assert status == 0, f"died of signal {status}"
-    return json.loads(said)
-
-
-WORKS = """
-import torch
-import pyg_attnpool
-from pyg_attnpool.ops import _cpu, reference
-assert str(pyg_attnpool.__file__).startswith(FOLDER), pyg_attnpool.__file__
-assert not _cpu.AVAILABLE
-layer = pyg_attnpool.AttentionPool(40, 12, channels=5, k=3, init="normal").double()
-ring = torch.arange(40)
-edge_index = torch.stack([torch.cat([ring, ring.roll(1)]), torch.cat([ring.roll(1), ring])])
-cheb = pyg_attnpool.StaticChebConv(3, 8, 4, edge_index, 40).double()
-spirals = torch.stack([ring, ring.roll(1), ring.roll(2)], dim=1)
-spiral = pyg_attnpool.SpiralConv(8, 2, spirals).double()
-x = torch.randn(2, 40, 3, dtype=torch.float64)
-dense = torch.zeros(40, 40, dtype=torch.float64)
-dense[tuple(edge_index)] = -0.5
-weight = torch.stack([lin.weight.t() for lin in cheb.lins])
-y = reference.chebyshev(dense, weight, x) + cheb.bias
-y = y[:, spirals].flatten(2) @ spiral.lin.weight.t() + spiral.lin.bias
-y = reference.apply(reference.attention(layer.query, layer.key, 3), y)
-parameters = [*layer.parameters(), *cheb.parameters(), *spiral.parameters()]
-out = layer(spiral(cheb(x)))
-# The Laplacian of a layer is formed in single precision.
-torch.testing.assert_close(out, y, rtol=1e-5, atol=1e-5)
-for a, b in zip(torch.autograd.grad(out.square().sum(), parameters),
-                torch.autograd.grad(y.square().sum(), parameters)):
-    assert b.abs().max() > 1e-3
-    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
-print("works")
-"""
-
-
-def copy_package(folder):
-    r"""The package without its builds."""
-    ignored = shutil.ignore_patterns("_cpu_*", "__pycache__")
-    shutil.copytree(PACKAGE, folder / "pyg_attnpool", ignore=ignored)
-
-
-@pytest.fixture
-def bare(tmp_path):
-    r"""A folder with the one module that loads a build, and without any."""
-    if not hasattr(os, "fork"):
-        pytest.skip("this system cannot fork")
-    ops = tmp_path / "pyg_attnpool" / "ops"
-    ops.mkdir(parents=True)
-    shutil.copy(PACKAGE / "ops" / "_cpu.py", ops)
-    return tmp_path
-
-
-@pytest.fixture
-def built():
-    r"""The content of a build that runs here."""
-    path = next((path for name in RUNS for path in builds(name)), None)
-    if path is None:
-        pytest.skip("the compiled operations are not built")
-    return path.read_bytes()
-
-
-def add(folder, content, name="any"):
-    path = folder / "pyg_attnpool" / "ops" / f"_cpu_{name}.cpython-311-x86_64-linux-gnu.so"
-    path.write_bytes(content)
-    return str(path)
-
-
-def of_another_version(content):
-    mark = f"pyg_attnpool_{_cpu.VERSION}\0".encode()
-    assert mark in content
-    return content.replace(mark, mark[:-2] + b"x\0")
-
-
-@pytest.mark.parametrize("useless", [False, True], ids=["no build", "builds of no use"])
-def test_everything_works_without_a_build(useless, tmp_path, request):
-    copy_package(tmp_path)
-    if useless:
-        content = request.getfixturevalue("built")
-        add(tmp_path, of_another_version(content), "avx512")
-        add(tmp_path, b"", "avx2")
-        add(tmp_path, content[: len(content) // 2], "any")
-    done = subprocess.run(
-        [sys.executable, "-c", f"FOLDER = {str(tmp_path)!r}\n{WORKS}"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr}"
-    assert done.stdout.split() == ["works"]
-
-
-def test_takes_the_best_that_runs(bare, built):
-    table = {"AVX512": ["any", "avx2", "avx512"], "AVX2": ["any", "avx2"], "DEFAULT": ["any"]}
-    assert take(bare) == [False, None]
-    paths = {}
-    for name in ("any", "avx2", "avx512"):
-        paths[name] = add(bare, built, name)
-        for capability, names in table.items():
-            best = [n for n in names if n in paths][-1]
-            assert take(bare, capability) == [True, paths[best]]
-
-
-def test_a_build_of_another_version_is_not_taken(bare, built):
-    add(bare, of_another_version(built), "avx512")
-    assert take(bare) == [False, None]
-    path = add(bare, built, "any")  # and the next is looked at
-    assert take(bare) == [True, path]
-
-
-@pytest.mark.parametrize("share", [0, 1e-4, 0.01, 0.05, 0.2, 0.5, 0.8])
-def test_a_truncated_build_is_not_taken(bare, built, share):
-    # As an interrupted installation or copy leaves it.
-    add(bare, built[: int(share * len(built))], "avx2")
-    assert take(bare) == [False, None]
-    path = add(bare, built, "any")
-    assert take(bare) == [True, path]
-
-
-def test_what_is_no_library_is_not_taken(bare):
-    add(bare, b"\x7fELF" + bytes(range(256)) * 20)
-    assert take(bare) == [False, None]

@@ -1,15 +1,12 @@
-r"""The search that uses again what its last call found, against a full search and the reference."""
+r"""The full search against the reference, and the search that uses again what its last call found
+against both."""
 
 import copy
-import faulthandler
 import io
 import math
-import os
 import pickle
-import signal
 import sys
 import threading
-import traceback
 
 import pytest
 import torch
@@ -17,9 +14,11 @@ from torch.nn.functional import normalize
 from torch.testing import assert_close
 
 from pyg_attnpool import AttentionPool, AttentionUnpool
-from pyg_attnpool.ops import _cpu, reference
+from pyg_attnpool.ops import _cpu, backend, reference
 from pyg_attnpool.ops import attention as ops
+from pyg_attnpool.ops import search as search_ops
 from pyg_attnpool.ops.search import Search, cosine_topk
+from tests.ops.forks import needs_fork, status_of_child
 
 needs_library = pytest.mark.skipif(
     not _cpu.AVAILABLE, reason="only the compiled operations remember a search"
@@ -79,6 +78,82 @@ def searched(search, *args):
     rows, asked = (search.searched - before).tolist()
     assert asked == args[0].size(0)
     return found, rows / asked
+
+
+# One full search ############################################################################
+
+
+# number of queries, keys, channels, k
+FULL_SIZES = [(1, 1, 1, 1), (7, 5, 3, 1), (13, 29, 5, 4), (31, 17, 21, 17), (50, 101, 8, 33)]
+
+
+def leaf(*size, device, dtype=torch.float64):
+    return torch.randn(*size, device=device, dtype=dtype).requires_grad_()
+
+
+@pytest.mark.parametrize("sizes", FULL_SIZES, ids=str)
+def test_topk_equals_reference(sizes, device):
+    num_query, num_key, channels, k = sizes
+    query = leaf(num_query, channels, device=device)
+    key = leaf(num_key, channels, device=device)
+    assert torch.equal(cosine_topk(query, key, k), reference.cosine_topk(query, key, k)[1])
+
+
+@pytest.mark.parametrize("tile", [1, 29, 30, 58, 100, 29 * 13 - 1, 29 * 13])
+def test_topk_of_pytorch_does_not_depend_on_the_tiles(tile, device, monkeypatch):
+    query, key = leaf(13, 5, device=device), leaf(29, 5, device=device)
+    expected = reference.cosine_topk(query, key, 4)[1]
+    monkeypatch.setattr(_cpu, "AVAILABLE", False)
+    monkeypatch.setattr(backend, "TRITON", False)
+    monkeypatch.setattr(search_ops, "TILE", tile)
+    assert torch.equal(cosine_topk(query, key, 4), expected)
+
+
+@pytest.mark.parametrize("dtype,slack", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_topk_in_low_precision_is_within_rounding_of_the_best(dtype, slack, device):
+    query = leaf(37, 21, device=device, dtype=dtype)
+    key = leaf(83, 21, device=device, dtype=dtype)
+    index = cosine_topk(query, key, 9)
+    assert all(row.unique().numel() == 9 for row in index)
+    score = torch.cosine_similarity(query.double()[:, None], key.double()[index], dim=-1)
+    best, _ = reference.cosine_topk(query.double(), key.double(), 9)
+    assert_close(score, best, rtol=0, atol=slack)
+
+
+def test_ties_go_to_the_lower_index(device):
+    # Scores of axes are exact: 1, 0 or -1.
+    axes = torch.eye(3, device=device)
+    key = torch.stack([axes[1], axes[0], -axes[0], axes[0], axes[2], axes[0], -axes[0]])
+    table = [
+        (axes[0], [1, 3, 5, 0, 4, 2, 6]),
+        (-axes[0], [2, 6, 0, 4, 1, 3, 5]),
+        (axes[1], [0, 1, 2, 3, 4, 5, 6]),
+        (axes[2], [4, 0, 1, 2, 3, 5, 6]),
+    ]
+    query = torch.stack([row for row, _ in table])
+    for k in range(1, 8):
+        assert cosine_topk(query, key, k).tolist() == [order[:k] for _, order in table]
+
+
+def test_many_ties_equal_reference(device):
+    query = torch.randint(-1, 2, (40, 2), device=device).double()
+    query[:, 1] *= query[:, 0] == 0  # only axes and zeros: exact scores
+    key = torch.eye(2, dtype=torch.float64, device=device)[torch.randint(2, (57,), device=device)]
+    for k in (1, 2, 30, 56, 57):
+        expected = reference.cosine_topk(query, key, k)[1]
+        assert torch.equal(cosine_topk(query, key, k), expected)
+
+
+def test_zero_vectors_score_zero(device):
+    query = torch.tensor([[0.0, 0.0], [1.0, 0.0]], device=device)
+    key = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [2.0, 0.0]], device=device)
+    assert cosine_topk(query, key, 3).tolist() == [[0, 1, 2], [2, 1, 0]]
+
+
+def test_full_search_passes_opcheck(device):
+    query, key = leaf(7, 3, device=device), leaf(11, 3, device=device)
+    op = torch.ops.pyg_attnpool.topk
+    torch.library.opcheck(op, (query.detach(), key.detach(), 4))
 
 
 # Random walks ########################################################################
@@ -559,7 +634,7 @@ def test_a_layer_that_keeps_more_from_now_on():
         assert_layer_exact(layer)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of its own")
+@needs_fork
 @pytest.mark.parametrize("size", [(30, 200, 4), (30, 20, 4), (90, 80, 4), (7, 80, 4), (30, 80, 9)])
 def test_other_sizes_than_announced(size):
     # Memory may not be read or written beyond its end: searched in full, or refused.
@@ -577,7 +652,7 @@ def test_other_sizes_than_announced(size):
     assert status_of_child(run) == 0
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a process of its own")
+@needs_fork
 @pytest.mark.parametrize("size", [(5, 3, 8, 3, 9), (5, 3, 8, 4, 2), (5, 4, 8, 3, 2)])
 def test_what_does_not_fit_together_is_refused(size):
     num_query, channels, num_key, other, k = size
@@ -587,24 +662,6 @@ def test_what_does_not_fit_together_is_refused(size):
             cosine_topk(torch.randn(num_query, channels), torch.randn(num_key, other), k)
 
     assert status_of_child(run) == 0
-
-
-def status_of_child(function):
-    r"""What a process of its own ends with: 0, 1 after an exception, or a signal."""
-    child = os.fork()
-    if child == 0:
-        faulthandler.disable()
-        torch.set_num_threads(1)  # a pool of threads does not survive a fork
-        signal.alarm(30)  # broken memory may also end in waiting for ever
-        status = 1
-        try:
-            function()
-            status = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def copies():

@@ -4,11 +4,11 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 
 from pyg_attnpool.ops import reference
-from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.sparse import (
     apply_mapping,
     ell_rowptr,
     fuse_slots,
+    map_rows,
     sddmm,
     spmm,
     transpose,
@@ -197,7 +197,7 @@ def test_transpose_literal():
     assert perm.tolist() == [1, 2, 4, 0, 3]
 
 
-# Layouts #############################################################################
+# Mappings ###########################################################################
 
 
 def random_mapping(num_source, num_target, k, device, dtype=torch.float64):
@@ -265,32 +265,13 @@ def test_backward_saves_no_dense_matrix(saved_numel, device):
     assert sizes and max(sizes) == x.numel() < 199 * 3 * 10 < 199 * 211
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_on_rows_puts_nodes_first_and_restores_the_layout(layout, device):
-    x = torch.randn(2, 5, 3, device=device)
-    seen = []
-
-    def op(rows):
-        seen.append(rows)
-        return torch.stack([rows[4], rows[0]]) * 2
-
-    out = on_rows(layout(x), 5, op)
-    (rows,) = seen
-    batch = x[:1] if layout(x).shape == (5, 3) else x
-    assert torch.equal(rows, batch.transpose(0, 1))
-    assert torch.equal(out, layout(2 * x[:, [4, 0]]))
-
-
-@pytest.mark.parametrize("size", [(6, 3), (2, 4, 3), (0, 3), (5,), (1, 2, 5, 3)], ids=str)
-def test_on_rows_names_what_it_got(size):
-    with pytest.raises(ValueError, match=r"\[5, F\].*\[B \* 5, F\]") as error:
-        on_rows(torch.zeros(size), 5, lambda rows: rows)
-    assert f"(got {list(size)})" in str(error.value)
-
-
-def test_on_rows_refuses_integers():
-    with pytest.raises(TypeError, match=r"floating point features \(got torch.int64\)"):
-        on_rows(torch.zeros(5, 3, dtype=torch.long), 5, lambda rows: rows)
+@pytest.mark.parametrize("num_nodes", [0, 1, 18, 20, 57])
+def test_rows_of_another_number_of_vertices_are_refused(num_nodes, device):
+    # The compiled operations would read beyond their end.
+    index, weight, _ = random_mapping(19, 7, 2, device)
+    assert map_rows(index, weight, leaf(19, 2, 3, device=device), 19).shape == (7, 2, 3)
+    with pytest.raises(ValueError, match=rf"\[19, B, F\] \(got \[{num_nodes}, 2, 3\]\)"):
+        map_rows(index, weight, leaf(num_nodes, 2, 3, device=device), 19)
 
 
 def test_fuse_slots_is_the_mixture_of_the_dense_matrices(device):
