@@ -82,21 +82,21 @@ def make(name: str, pool: str, plain: bool, hierarchy: MeshHierarchy, seed: int)
 
 def operations(step: Step, rounds: int) -> dict[str, float]:
     r"""Milliseconds of a step in every compiled operation and in all else."""
-    call, spent = _cpu._call, Counter()
+    call, spent = _cpu.call, Counter()
 
     def timed(name: str, *args: Any):
         start = time.perf_counter()
         call(name, *args)
         spent[name.removesuffix("_float")] += time.perf_counter() - start
 
-    _cpu._call = timed
+    _cpu.call = timed
     try:
         start = time.perf_counter()
         for _ in range(rounds):
             step()
         total = time.perf_counter() - start
     finally:
-        _cpu._call = call
+        _cpu.call = call
     spent["all else"] = total - sum(spent.values())
     return {name: 1000 * seconds / rounds for name, seconds in spent.items()}
 

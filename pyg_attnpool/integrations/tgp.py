@@ -222,6 +222,10 @@ class MappingPooling(BasePrecoarseningMixin, SRCPooling):
     :math:`\mathbf{S}_{\textrm{inv}}^{\top}` that of :obj:`unpool`. Where :obj:`pool` and
     :obj:`unpool` are fixed, it can be used for pre-coarsening.
 
+    Where :math:`\mathbf{A}_{\textrm{pool}}` goes into convolutions that divide by the roots of
+    degrees, take :meth:`AttentionPool.published`: a mapping of the default start sharpens, with
+    negative weights too.
+
     Args:
         pool (AttentionPool or MappingPool): The pooling, from :math:`N` to :math:`M` vertices.
         unpool (AttentionUnpool or MappingPool, optional): The way back, from :math:`M` to

@@ -535,20 +535,23 @@ def _vectors_of_prior(
 ) -> tuple[Tensor, Tensor]:
     # Random keys take the mean of what the prior connects them with, again and again. Made
     # orthogonal in every step, the channels tend to the smoothest functions on the source
-    # vertices, by which neighbours are alike and distant vertices are not. A source vertex that
-    # the prior does not take keeps its own random key.
+    # vertices, by which neighbours are alike and distant vertices are not. On few vertices there
+    # are few smooth functions, so the other channels hold a little noise alone. A source vertex
+    # that the prior does not take keeps its own random key.
     weight = weight.abs()
     weight = weight / weight.sum(dim=1, keepdim=True).clamp(min=1e-12)
     slots = weight.unsqueeze(-1)
     total = weight.new_zeros(num_source).index_add(0, index.flatten(), weight.flatten())
     taken = (total > 0).unsqueeze(-1)
     total = total.clamp(min=1e-12).unsqueeze(-1)
-    key = torch.randn(num_source, channels, device=weight.device).to(weight.dtype)
+    smooth = min(channels, max(1, num_source // 4))
+    key = torch.randn(num_source, smooth, device=weight.device).to(weight.dtype)
     for _ in range(SMOOTHING):
         query = (slots * key[index]).sum(dim=1)
         entries = (slots * query.unsqueeze(1)).flatten(0, 1)
         mean = torch.zeros_like(key).index_add(0, index.flatten(), entries) / total
         key = torch.where(taken, (key + mean) / 2, key)
-        key = torch.linalg.qr(key).Q if num_source >= channels else F.normalize(key, dim=0)
-    key = F.normalize(key, dim=1)
+        key = torch.linalg.qr(key).Q
+    key = F.pad(F.normalize(key, dim=1), (0, channels - smooth))
+    key = key + 0.02 * torch.randn_like(key)
     return key, (slots * key[index]).sum(dim=1)

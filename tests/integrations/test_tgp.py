@@ -31,8 +31,9 @@ def random_mapping(num_source, num_target, k=3):
 
 
 def attention(lift=True):
-    pool = AttentionPool(N, M, k=3, prior=random_mapping(N, M), init="normal")
-    unpool = AttentionUnpool(M, N, k=3, prior=random_mapping(M, N), init="normal")
+    # By default a mapping has negative weights too, and the roots of degrees do not exist.
+    pool = AttentionPool.published(N, M, k=3, prior=random_mapping(N, M), init="normal")
+    unpool = AttentionUnpool.published(M, N, k=3, prior=random_mapping(M, N), init="normal")
     return MappingPooling(pool.double(), unpool.double() if lift else None)
 
 

@@ -50,7 +50,7 @@ def test_constructors(hierarchy, tmp_path):
         np.testing.assert_allclose(model.template, TEMPLATE[0], rtol=1e-6)
         np.testing.assert_array_equal(model.faces, TEMPLATE[1])
     # Of a file in millimetres, the template is in metres.
-    vertices, faces = blob(3, seed=0)
+    vertices, faces = blob(4, seed=0)
     write_mesh(tmp_path / "template.obj", 1000 * vertices, faces)
     for make in (MorphableModel.pca, MorphableModel.coma):
         kwargs = {} if make == MorphableModel.pca else dict(channels=(4, 4, 4, 4))

@@ -71,7 +71,7 @@ import pyg_attnpool
 from pyg_attnpool.ops import _cpu, reference
 assert str(pyg_attnpool.__file__).startswith(FOLDER), pyg_attnpool.__file__
 assert not _cpu.AVAILABLE
-layer = pyg_attnpool.AttentionPool(40, 12, channels=5, k=3, init="normal").double()
+layer = pyg_attnpool.AttentionPool.published(40, 12, channels=5, k=3, init="normal").double()
 ring = torch.arange(40)
 edge_index = torch.stack([torch.cat([ring, ring.roll(1)]), torch.cat([ring.roll(1), ring])])
 cheb = pyg_attnpool.StaticChebConv(3, 8, 4, edge_index, 40).double()

@@ -254,7 +254,7 @@ def test_keys_that_close_in_as_fast_as_they_can(k):
 
 
 def make(layer=AttentionPool, num_source=120, num_target=40, dtype=torch.float32, **kwargs):
-    kwargs = {"channels": 5, "k": 3, "init": "normal", **kwargs}
+    kwargs = {"channels": 5, "k": 3, "init": "normal", "normalization": "sum", **kwargs}
     prior = torch.randn(num_target, num_source).softmax(dim=1)
     return layer(num_source, num_target, prior=prior, **kwargs).to(dtype)
 

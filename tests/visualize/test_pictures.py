@@ -55,7 +55,7 @@ def test_errors_are_in_millimetres_and_one_scale(tmp_path, monkeypatch):
             drawn.append((values, norm))
         draw(ax, vertices, faces, values, norm, azimuth)
 
-    monkeypatch.setattr("pyg_attnpool.visualize.plot_mesh", record)
+    monkeypatch.setattr("pyg_attnpool.visualize.pictures.plot_mesh", record)
     truth = TRIANGLE.expand(2, 3, 3)
     shift = torch.tensor([0.003, 0, 0.004])
     path = tmp_path / "picture.png"
