@@ -87,7 +87,7 @@ def count(model: torch.nn.Module) -> str:
 
 
 def main(
-    steps: int = 400,
+    steps: int = 200,
     batch_size: int = 16,
     lr: float = 2e-3,
     positions: bool = True,
@@ -125,7 +125,7 @@ def main(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if step % 100 == 0 or step == steps - 1:
+            if step % 50 == 0 or step == steps - 1:
                 print(f"{name:6} step {step:3}: loss {loss.item():.4f}")
         print(f"{name:6} {error(model):.3f} mm on test meshes, {perf_counter() - start:.1f} s")
 

@@ -30,10 +30,13 @@ EXPRESSIONS = (
 
 
 class CoMA(MeshDataset):
-    r"""The COMA data set of the `"Generating 3D faces using Convolutional Mesh Autoencoders"
-    <https://arxiv.org/abs/1807.10267>`_ paper: 20,466 faces of 5,023 vertices, 12 subjects in 12
-    extreme expressions, ordered by subject, expression and frame, in metres. The files are read
-    once, to :obj:`processed/coma.npz` and :obj:`.npy`, and the vertices then mapped.
+    r"""Unlike :class:`torch_geometric.datasets.CoMA`, all meshes in sorted order as one tensor, with
+    their labels and the splits of the published experiments.
+
+    The COMA data set of the `"Generating 3D faces using Convolutional Mesh Autoencoders"
+    <https://arxiv.org/abs/1807.10267>`_ paper: 20,466 faces of 5,023 vertices, 12 subjects in
+    12 extreme expressions, ordered by subject, expression and frame, in metres. The files are
+    read once, to :obj:`processed/coma.npz` and :obj:`.npy`, and the vertices then mapped.
 
     They lie where :class:`torch_geometric.datasets.CoMA` expects them, so that both can share a
     folder. Its split is none of those of :meth:`split`: it tests on the last 10 of every 100

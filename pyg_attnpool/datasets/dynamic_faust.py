@@ -21,12 +21,15 @@ FILES = ("registrations_m.hdf5", "registrations_f.hdf5")
 
 
 class DynamicFAUST(MeshDataset):
-    r"""The Dynamic FAUST data set of the `"Dynamic FAUST: Registering Human Bodies in Motion"
-    <http://files.is.tue.mpg.de/black/papers/dfaust2017.pdf>`_ paper: some 41,000 bodies of 6,890
-    vertices, 10 subjects in up to 14 motions each, ordered by subject, motion and frame, in metres.
-    The files are read once, to :obj:`processed/dynamic_faust.npz` and :obj:`.npy`, and the vertices
-    then mapped. A mesh is named by its sequence and frame, as in :obj:`"50002_hips/00013"`; the
-    template is the first mesh.
+    r"""Unlike :class:`torch_geometric.datasets.DynamicFAUST`, all meshes in sorted order as one tensor,
+    with their labels and the splits of the published experiments.
+
+    The Dynamic FAUST data set of the `"Dynamic FAUST: Registering Human Bodies in Motion"
+    <http://files.is.tue.mpg.de/black/papers/dfaust2017.pdf>`_ paper: some 41,000 bodies of
+    6,890 vertices, 10 subjects in up to 14 motions each, ordered by subject, motion and frame,
+    in metres. The files are read once, to :obj:`processed/dynamic_faust.npz` and :obj:`.npy`,
+    and the vertices then mapped. A mesh is named by its sequence and frame, as in
+    :obj:`"50002_hips/00013"`; the template is the first mesh.
 
     The files lie where :class:`torch_geometric.datasets.DynamicFAUST` expects them, so that both
     can share a folder; there, one object holds a whole sequence.

@@ -43,7 +43,7 @@ def spiral_sequences(
     >>> from pyg_attnpool.mesh import spiral_sequences
     >>> vertices = np.array([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0], [0.0, 1.0, 0.0]])
     >>> spiral_sequences(vertices, np.array([[0, 1, 2], [0, 2, 3]]), length=3).tolist()
-    [[0, 1, 2], [1, 0, 2], [2, 1, 3], [3, 0, 2]]
+    [[0, 1, 2], [1, 0, 2], [2, 0, 1], [3, 0, 2]]
 
     Args:
         vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
