@@ -30,8 +30,8 @@ EXPRESSIONS = (
 
 
 class CoMA(MeshDataset):
-    r"""Unlike :class:`torch_geometric.datasets.CoMA`, all meshes in sorted order as one tensor, with
-    their labels and the splits of the published experiments.
+    r"""Unlike :class:`torch_geometric.datasets.CoMA`, all meshes in sorted order as one tensor,
+    with their labels and the splits of the published experiments.
 
     The COMA data set of the `"Generating 3D faces using Convolutional Mesh Autoencoders"
     <https://arxiv.org/abs/1807.10267>`_ paper: 20,466 faces of 5,023 vertices, 12 subjects in

@@ -21,8 +21,8 @@ FILES = ("registrations_m.hdf5", "registrations_f.hdf5")
 
 
 class DynamicFAUST(MeshDataset):
-    r"""Unlike :class:`torch_geometric.datasets.DynamicFAUST`, all meshes in sorted order as one tensor,
-    with their labels and the splits of the published experiments.
+    r"""Unlike :class:`torch_geometric.datasets.DynamicFAUST`, all meshes in sorted order as one
+    tensor, with their labels and the splits of the published experiments.
 
     The Dynamic FAUST data set of the `"Dynamic FAUST: Registering Human Bodies in Motion"
     <http://files.is.tue.mpg.de/black/papers/dfaust2017.pdf>`_ paper: some 41,000 bodies of

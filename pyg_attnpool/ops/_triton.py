@@ -1,8 +1,8 @@
-r"""GPU kernels, forward only: the sparse products of :mod:`pyg_attnpool.ops.gather` and the search
-of :mod:`pyg_attnpool.ops.attention`. Imported only where they run.
+r"""GPU kernels, forward only: the products of :mod:`pyg_attnpool.ops.sparse` and the search of
+:mod:`pyg_attnpool.ops.search`. This module is imported only where they run.
 
-All three accumulate in float32 (float64 for float64), know no atomics, and return the same bits in
-every run.
+All three kernels accumulate in float32 (float64 for float64), use no atomics, and return the same
+bits in every run.
 """
 
 import torch

@@ -1,4 +1,5 @@
-r"""The adjacency of a pooled graph, as sparse products."""
+r"""The adjacency of a pooled graph, :math:`\mathbf{S} \mathbf{A} \mathbf{S}^{\top}`, as sparse
+products."""
 
 import torch
 from torch import Tensor
@@ -13,18 +14,34 @@ def pool_adjacency(
     edge_weight: Tensor | None = None,
     remove_self_loops: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""As :meth:`Mapping.pool_edges`, with the matrix given by its entries.
+    r"""The edges of a pooled graph: the entries of :math:`\mathbf{S} \mathbf{A}
+    \mathbf{S}^{\top}` for a mapping :math:`\mathbf{S}`, given by its entries, and the weighted
+    adjacency :math:`\mathbf{A}`. Differentiable in both weights.
 
     Args:
         row (torch.Tensor): Target vertex of every entry.
         col (torch.Tensor): Source vertex of every entry.
         weight (torch.Tensor): Value of every entry.
         size (tuple): The numbers of target and source vertices.
-        edge_index (torch.Tensor): As in :meth:`Mapping.pool_edges`.
-        edge_weight (torch.Tensor, optional): As in :meth:`Mapping.pool_edges`.
-            (default: :obj:`None`)
-        remove_self_loops (bool, optional): As in :meth:`Mapping.pool_edges`.
-            (default: :obj:`False`)
+        edge_index (torch.Tensor): Edges :obj:`[2, E]` between source vertices. Repeated edges add.
+        edge_weight (torch.Tensor, optional): Edge weights :obj:`[E]`.
+            (default: :obj:`None`, ones)
+        remove_self_loops (bool, optional): If set to :obj:`True`, edges within one target vertex
+            are left out. (default: :obj:`False`)
+
+    Returns:
+        Edges :obj:`[2, E']` between target vertices, sorted and without repetition, and their
+        weights :obj:`[E']` of the type of :obj:`edge_weight`.
+
+    Raises:
+        ValueError: If a shape does not fit, or an edge has a vertex that is no source vertex.
+        TypeError: If edges are not integers, or weights no floating point numbers.
+
+    >>> row, col = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 2])  # 0 and 1 are joined
+    >>> edge_index = torch.tensor([[1, 2], [2, 1]])
+    >>> pool_adjacency(row, col, torch.tensor([0.5, 0.5, 1.0]), (2, 3), edge_index)
+    (tensor([[0, 1],
+            [1, 0]]), tensor([0.5000, 0.5000]))
     """
     num_target, num_source = size
     if edge_weight is None:
@@ -45,7 +62,7 @@ def pool_adjacency(
     return torch.stack([row, col]), value
 
 
-def _check_edges(edge_index: Tensor, edge_weight: Tensor, num_nodes: int):
+def _check_edges(edge_index: Tensor, edge_weight: Tensor, num_nodes: int) -> None:
     if edge_index.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"Expected 'edge_index' to be a long tensor (got {edge_index.dtype})")
     if not edge_weight.is_floating_point():
@@ -73,13 +90,13 @@ def _multiply(
     num_inner: int,
     num_cols: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # The product of two sparse matrices given by row, column and value, the second one sorted by
-    # row. The sparse product of torch has no second derivative, no half precision and a backward
-    # pass several times slower.
+    # The product of two sparse matrices given by row, column and value. The second one is sorted by
+    # row. PyTorch's sparse product has no second derivative and no half precision, and its backward
+    # pass is several times slower.
     (a_row, a_col, a_value), (b_row, b_col, b_value) = a, b
     count = torch.bincount(b_row, minlength=num_inner)
     start = count.cumsum(0) - count
-    count, start = count[a_col], start[a_col]  # the entries of the second that each one meets
+    count, start = count[a_col], start[a_col]  # entries of b in the row that each entry of a meets
     left = torch.arange(a_col.numel(), device=a_col.device).repeat_interleave(count)
     place = torch.arange(left.numel(), device=left.device) - (count.cumsum(0) - count)[left]
     right = start[left] + place

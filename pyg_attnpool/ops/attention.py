@@ -1,11 +1,13 @@
-r"""The weights of the learned mapping at what the search finds, equations (5) to (7)."""
+r"""The weights of the learned mapping at the keys that the search finds, equations (5) to (7)."""
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator
-from pyg_attnpool.ops.search import Search, full_search, normalized, single
+from pyg_attnpool.ops.backend import on_cpu, operator, single
+from pyg_attnpool.ops.search import Search, full_search, normalized
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, sddmm, transpose
 
 
@@ -32,12 +34,19 @@ def attention(
             slots follow the learned ones. (default: :obj:`None`)
         share (torch.Tensor, optional): The share :math:`w_a` of the learned slots beside those of
             the prior. (default: :obj:`None`)
-        search (Search, optional): If given, what the last call found is used again.
-            (default: :obj:`None`)
+        search (Search, optional): The search of an earlier call, whose state is used and updated.
+            (default: :obj:`None`, a full search)
 
     Returns:
         Source vertices and weights :obj:`[M, k + P]`, and where gradients are recorded the
-        transposed pattern, for :meth:`~pyg_attnpool.ops.gather.apply_mapping`.
+        transposed pattern, for :meth:`~pyg_attnpool.ops.sparse.apply_mapping`.
+
+    Raises:
+        ValueError: As :meth:`~pyg_attnpool.ops.search.full_search` does.
+
+    >>> query, key = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [3.0, 4.0]])
+    >>> attention(query, key, k=2)[:2]  # the cosines 1 and 0.6, divided by their sum
+    (tensor([[1, 2]]), tensor([[0.6250, 0.3750]]))
     """
     with torch.autocast(query.device.type, enabled=False):
         find = full_search if search is None else search
@@ -60,11 +69,16 @@ def _composed(
     share: Tensor | None,
     index: Tensor,
     prior: Tensor,
-    *transposed: Tensor | None,
+    rowptr_t: Tensor | None,
+    col_t: Tensor | None,
+    perm: Tensor | None,
 ) -> Tensor:
-    # The prior's slots have a score too, so that one pattern serves for all.
+    # The weights by PyTorch's operations, differentiable any number of times. The slots of the
+    # prior get a score too, which is not used: so one pattern serves all slots.
     query, key = normalized(query), normalized(key)
-    pattern = None if transposed[0] is None else transposed
+    pattern = None
+    if rowptr_t is not None and col_t is not None and perm is not None:
+        pattern = rowptr_t, col_t, perm
     score = sddmm(ell_rowptr(index), index.flatten(), query, key, pattern).view_as(index)
     weight = _weights(score[:, : index.size(1) - prior.size(1)], log_beta)
     return weight if share is None else torch.cat([share * weight, (1 - share) * prior], dim=1)
@@ -84,11 +98,12 @@ def _attention(
     score: Tensor,
 ) -> Tensor:
     # As `_composed`, from the cosines that the search has found.
-    return _cpu.attention(score, *single(prior), *_scalars(log_beta, share)).to(query.dtype)
+    return _cpu.attention(score, single(prior), *_scalars(log_beta, share)).to(query.dtype)
 
 
 @_attention.register_fake
-def _(query, key, log_beta, share, index, prior, rowptr_t, col_t, perm, score):
+def _(*inputs: Any) -> Tensor:
+    query, _, _, _, index, *_ = inputs
     return query.new_empty(index.shape)
 
 
@@ -111,33 +126,40 @@ def _attention_backward(
     score: Tensor,
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = single(query, key)
-    weights = score, *single(prior), *_scalars(log_beta, share), *single(grad)
-    out = _cpu.attention_backward(*rows, index, *weights, (rowptr_t, col_t, perm))
-    return tuple(t.to(query.dtype) for t in out)
+    # The gradients of query, key, and share and log_beta together.
+    of_query, of_key, of_scalars = _cpu.attention_backward(
+        single(query),
+        single(key),
+        index,
+        score,
+        single(prior),
+        *_scalars(log_beta, share),
+        single(grad),
+        (rowptr_t, col_t, perm),
+    )
+    return of_query.to(query.dtype), of_key.to(query.dtype), of_scalars.to(query.dtype)
 
 
 @_attention_backward.register_fake
-def _(query, key, log_beta, share, index, prior, rowptr_t, col_t, perm, score, grad):
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, *_ = inputs
     return query.new_empty(query.shape), key.new_empty(key.shape), query.new_empty(2)
 
 
-def _attention_setup(ctx, inputs, output):
+def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _attention_grads(ctx, grad):
+def _attention_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, score = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
     if torch.is_grad_enabled():  # second derivatives are asked for
         learned = [t for t, need in zip(inputs, needed, strict=False) if need]
         found = iter(torch.autograd.grad(_composed(*inputs), learned, grad, create_graph=True))
-        grads = [next(found) if need else None for need in needed]
-    else:
-        of_query, of_key, scalars = _attention_backward(*inputs, score, grad)
-        grads = of_query, of_key, scalars[1], scalars[0]
-        grads = [g if need else None for g, need in zip(grads, needed, strict=True)]
-    return *grads, *[None] * 6
+        return *(next(found) if need else None for need in needed), *[None] * 6
+    of_query, of_key, (of_share, of_beta) = _attention_backward(*inputs, score, grad)
+    grads = of_query, of_key, of_beta, of_share
+    return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 6
 
 
 _attention.register_autograd(_attention_grads, setup_context=_attention_setup)
@@ -151,6 +173,9 @@ def dense_attention(query: Tensor, key: Tensor, log_beta: Tensor | None = None) 
         query (torch.Tensor): Queries of the target vertices :obj:`[M, c]`.
         key (torch.Tensor): Keys of the source vertices :obj:`[N, c]`.
         log_beta (torch.Tensor, optional): As in :meth:`attention`. (default: :obj:`None`)
+
+    >>> dense_attention(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
+    tensor([[0.6250, 0.3750]])
     """
     with torch.autocast(query.device.type, enabled=False):
         return _weights(normalized(query) @ normalized(key).t(), log_beta)
@@ -165,6 +190,11 @@ def _weights(score: Tensor, log_beta: Tensor | None) -> Tensor:
 
 def cosine_at(query: Tensor, key: Tensor, index: Tensor) -> Tensor:
     r"""The cosine of every query :obj:`[M, c]` to the keys :obj:`[N, c]` in its slots
-    :obj:`[M, k]`."""
+    :obj:`[M, k]`, differentiable in query and key.
+
+    >>> cosine_at(torch.eye(2), torch.tensor([[1.0, 0.0], [3.0, 4.0]]), torch.tensor([[1], [1]]))
+    tensor([[0.6000],
+            [0.8000]])
+    """
     query, key = normalized(query), normalized(key)
     return sddmm(ell_rowptr(index), index.flatten(), query, key).view_as(index)

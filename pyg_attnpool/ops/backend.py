@@ -1,5 +1,6 @@
 r"""How an operation reaches its backend: compiled code on a CPU, Triton on a GPU, or PyTorch."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
@@ -15,7 +16,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 
 
 def on_cpu(tensor: Tensor) -> bool:
-    r"""Whether the compiled operations take the tensor, of which tracing holds no values."""
+    r"""Whether the compiled operations take the tensor. A tensor that is traced has no values, so
+    they do not."""
     return _cpu.AVAILABLE and tensor.device.type == "cpu" and plain(tensor)
 
 
@@ -25,8 +27,18 @@ def on_gpu(tensor: Tensor) -> bool:
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
-    r"""The type in which values of half precision are multiplied and summed."""
+    r"""The type to compute in: single precision for half precision, else the type itself.
+
+    >>> at_least_single(torch.bfloat16), at_least_single(torch.float64)
+    (torch.float32, torch.float64)
+    """
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def single(tensor: Tensor) -> Tensor:
+    r"""The tensor as the compiled operations take it: contiguous, in single or double
+    precision."""
+    return tensor.to(at_least_single(tensor.dtype)).contiguous()
 
 
 class Operator(Generic[Out]):
@@ -36,15 +48,16 @@ class Operator(Generic[Out]):
     :class:`torch.autograd.Function` instead, whose call costs a fraction: a layer calls several
     operators, and on small levels it does little else.
 
-    Made by :func:`operator`. Arguments are given by position.
+    It is made by :func:`operator` and called with arguments by position.
 
     Attributes:
-        composed (callable): The function itself. On tensors without values it computes by
-            PyTorch's operations where it can.
-        overload (torch._ops.OpOverload): The operator as programs hold it.
+        composed (callable): The function itself. Called with tensors that are traced, it leaves
+            PyTorch's operations in the trace.
+        overload (torch._ops.OpOverload): The operator as exported programs hold it.
     """
 
     def __init__(self, name: str, function: Callable[..., Out], mutates_args: Sequence[str] = ()):
+        functools.update_wrapper(self, function)
         self.composed = function
         self._name = name
         self._eager = function
@@ -71,23 +84,26 @@ class Operator(Generic[Out]):
         self._custom.register_autograd(backward, setup_context=setup_context)
         function = self.composed
 
-        # Not as a method of its own: PyTorch would bind the signature at every call.
+        # `setup_context` is called here. As a method of the class, PyTorch would bind the
+        # signature of `forward` at every call.
         def forward(ctx: Any, *args: Any) -> Out:
             output = function(*args)
             setup_context(ctx, args, output)
             return output
 
         methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        self._eager = type(self._name, (torch.autograd.Function,), methods).apply
+        made: Any = type(self._name, (torch.autograd.Function,), methods)
+        self._eager = made.apply
 
 
-_decompositions: dict[Any, Callable[..., Tensor]] = {}
+_decompositions: dict[Any, Callable[..., Any]] = {}
 
 
 def operator(
     name: str, mutates_args: Sequence[str] = (), decomposes: bool = False
 ) -> Callable[[Callable[..., Out]], Operator[Out]]:
-    r"""Makes a function an :class:`Operator`.
+    r"""Makes a function an :class:`Operator`. The annotations of its arguments become the
+    operator's schema.
 
     Args:
         name (str): The name in :obj:`torch.ops.pyg_attnpool`.
@@ -106,16 +122,19 @@ def operator(
     return decorate
 
 
-def decompositions(**others: Callable[..., Tensor]) -> dict[Any, Callable[..., Tensor]]:
+def decompositions(**others: Callable[..., Any]) -> dict[Any, Callable[..., Any]]:
     r"""The operators that a model without attention layers runs, each with the PyTorch operations
     that compute the same: what :meth:`torch.export.ExportedProgram.run_decompositions` takes.
 
     Args:
-        **others: Functions that replace those of PyTorch for single operators, by name, such as
+        **others (callable): Other functions for some of the operators, by name, such as
             :obj:`spmm`. They take the operator's arguments.
 
     Raises:
         ValueError: If a name is that of no such operator.
+
+    >>> torch.ops.pyg_attnpool.cheb_conv.default in decompositions()
+    True
     """
     table = dict(_decompositions)
     named = {overload._opname: overload for overload in table}
@@ -127,7 +146,8 @@ def decompositions(**others: Callable[..., Tensor]) -> dict[Any, Callable[..., T
 
 
 def plain(arg: Any) -> bool:
-    r"""Whether an argument is not what tracing puts in the place of a tensor, and has values."""
+    r"""Whether an argument has values. Tracing replaces tensors by objects without; an argument
+    that is no tensor always has."""
     if not isinstance(arg, Tensor):
         return True
     return type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta

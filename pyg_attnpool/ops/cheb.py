@@ -1,9 +1,11 @@
 r"""The Chebyshev convolution on one static graph, forward and backward, on rows :obj:`[N, B, F]`.
 
-The batch lies beside the channels, so that one sparse product serves all samples, and the
-recurrence, the gathered neighbours and their gradients never stand side by side in memory. What a
-backward pass needs beyond the input it forms again, which costs less than to keep it.
+The batch lies beside the channels, so that one sparse product serves all samples. No neighbours
+are gathered into memory. Only the input is kept for the backward pass, which computes the Chebyshev
+terms again: this costs less than to keep them.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +29,7 @@ def _propagate(laplacian: Laplacian, x: Tensor, scale: float, minus: Tensor | No
 
 
 def _terms(laplacian: Laplacian, x: Tensor, K: int) -> list[Tensor]:
-    # T_0 x to T_{K-1} x, to be used at once.
+    # T_0 x to T_{K-1} x. They may lie in the workspace, which the next call overwrites.
     if on_cpu(x):
         return _cpu.terms(laplacian[0], laplacian[1], laplacian[2].to(x.dtype), x, K)
     terms = [x]
@@ -38,8 +40,9 @@ def _terms(laplacian: Laplacian, x: Tensor, K: int) -> list[Tensor]:
 
 
 def _clenshaw(laplacian: Laplacian, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    # b_k = x W_k + 2 L b_{k+1} - b_{k+2} from the last term down, not doubled at the first.
-    out, following = combine([x], weight[-1:], None), None
+    # b_k = x W_k + 2 L b_{k+1} - b_{k+2} from the last term down; the first one has L for 2 L.
+    following: Tensor | None = None
+    out = combine([x], weight[-1:], None)
     for k in reversed(range(weight.size(0) - 1)):
         product = combine([x], weight[k : k + 1], None)
         minus = -product if following is None else following - product
@@ -53,7 +56,7 @@ def _cheb_conv(
 ) -> Tensor:
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, bias = prepared(x, weight, bias)
+        x, weight, bias = prepared(x), prepared(weight), prepared(bias)
         narrower = _clenshaw if weight.size(2) < weight.size(1) else _recurrence
         out = narrower((rowptr, col, value), x, weight, bias).to(dtype)
     return out
@@ -64,16 +67,17 @@ def _recurrence(laplacian: Laplacian, x: Tensor, weight: Tensor, bias: Tensor | 
 
 
 @_cheb_conv.register_fake
-def _(rowptr, col, value, x, weight, bias):
+def _(*inputs: Any) -> Tensor:
+    _, _, _, x, weight, _ = inputs
     return x.new_empty(*x.shape[:2], weight.size(2))
 
 
-def _cheb_conv_setup(ctx, inputs, output):
+def _cheb_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rowptr, col, value, x, weight, _ = inputs
     ctx.save_for_backward(rowptr, col, value, x, weight)
 
 
-def _cheb_conv_backward(ctx, grad):
+def _cheb_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, value, x, weight = ctx.saved_tensors
     grad_x = grad_weight = grad_bias = None
     if ctx.needs_input_grad[3] and ctx.needs_input_grad[4]:
@@ -97,7 +101,7 @@ def _cheb_correlate(
     # x^T T_k(L) g for every k: the gradient of the weights.
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        x, g = prepared(x, g)
+        x, g = prepared(x), prepared(g)
         laplacian = rowptr, col, value
         if x.size(-1) <= g.size(-1):
             return correlate(_terms(laplacian, x, K), [g] * K).to(dtype)
@@ -105,15 +109,15 @@ def _cheb_correlate(
 
 
 @_cheb_correlate.register_fake
-def _(rowptr, col, value, x, g, K):
+def _(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, g: Tensor, K: int) -> Tensor:
     return x.new_empty(K, x.size(-1), g.size(-1))
 
 
-def _cheb_correlate_setup(ctx, inputs, output):
+def _cheb_correlate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:5])
 
 
-def _cheb_correlate_backward(ctx, grad):
+def _cheb_correlate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, value, x, g = ctx.saved_tensors
     grad_x = _cheb_conv(rowptr, col, value, g, grad.transpose(1, 2), None)
     return None, None, None, grad_x, _cheb_conv(rowptr, col, value, x, grad, None), None
@@ -126,13 +130,13 @@ _cheb_correlate.register_autograd(_cheb_correlate_backward, setup_context=_cheb_
 def _cheb_grads(
     rowptr: Tensor, col: Tensor, value: Tensor, g: Tensor, x: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    # The gradients of input and weights. They share the terms T_k(L) g, unless these are so wide
-    # that two recurrences in the width of x are cheaper.
+    # The gradients of input and weights. Both can use the terms T_k(L) g. Where g is more than
+    # twice as wide as x, two recurrences in the width of x are cheaper.
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        g, x, weight = prepared(g, x, weight)
+        g, x, weight = prepared(g), prepared(x), prepared(weight)
         laplacian, K, theta = (rowptr, col, value), weight.size(0), weight.transpose(1, 2)
-        # The input's last, so that it is still in the cache where the gradient goes on.
+        # The gradient of the input comes last: the backward pass goes on from it, in the cache.
         if g.size(-1) > 2 * x.size(-1):
             grad_weight = correlate(_terms(laplacian, x, K), [g] * K)
             grad_x = _clenshaw(laplacian, g, theta, None)
@@ -144,20 +148,19 @@ def _cheb_grads(
 
 
 @_cheb_grads.register_fake
-def _(rowptr, col, value, g, x, weight):
-    return torch.empty_like(x, memory_format=torch.contiguous_format), weight.new_empty(
-        weight.shape
-    )
+def _(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *_, x, weight = inputs
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-def _cheb_grads_setup(ctx, inputs, output):
+def _cheb_grads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _cheb_grads_backward(ctx, h_x, h_weight):
+def _cheb_grads_backward(ctx: Any, h_x: Tensor, h_weight: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, value, g, x, weight = ctx.saved_tensors
 
-    def conv(rows, theta):
+    def conv(rows: Tensor, theta: Tensor) -> Tensor:
         return _cheb_conv(rowptr, col, value, rows, theta, None)
 
     grad_g = conv(h_x, weight) + conv(x, h_weight)
@@ -173,8 +176,8 @@ def cheb_conv(laplacian: Laplacian, x: Tensor, weight: Tensor, bias: Tensor | No
     r"""The Chebyshev convolution :math:`\sum_k T_k(\hat{L}) \, \mathbf{x} \, \Theta_k +
     \mathbf{b}`, differentiable in everything but the Laplacian.
 
-    The recurrence runs in the narrower of input and output width, in the latter by Clenshaw's
-    algorithm.
+    If :math:`F' < F`, Clenshaw's algorithm runs the recurrence in the width :math:`F'` of the
+    output; otherwise it runs in the width :math:`F` of the input.
 
     Args:
         laplacian (tuple): Row pointer, columns and values of the symmetric scaled Laplacian
@@ -185,5 +188,12 @@ def cheb_conv(laplacian: Laplacian, x: Tensor, weight: Tensor, bias: Tensor | No
 
     Returns:
         Rows :obj:`[N, B, F']`.
+
+    Raises:
+        ValueError: If :obj:`x` has another shape.
+
+    >>> swap = torch.tensor([0, 1, 2]), torch.tensor([1, 0]), torch.ones(2)
+    >>> cheb_conv(swap, torch.tensor([[[1.0]], [[2.0]]]), torch.ones(2, 1, 1), None).flatten()
+    tensor([3., 3.])
     """
     return _cheb_conv(*laplacian, *checked(laplacian[0].size(0) - 1, x, weight, bias))

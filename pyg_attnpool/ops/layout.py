@@ -13,6 +13,7 @@ def on_rows(x: Tensor, num_nodes: int, op: Callable[[Tensor], Tensor]) -> Tensor
     result is contiguous in the caller's layout. Several operations in a row should share one call,
     which saves a copy after each.
 
+    >>> import torch
     >>> x = torch.arange(6.0).view(2, 3, 1)  # two samples of three vertices
     >>> on_rows(x, 3, lambda rows: rows[:2].cumsum(0)).flatten(1)
     tensor([[0., 1.],

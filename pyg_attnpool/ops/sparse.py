@@ -1,19 +1,20 @@
 r"""Sparse products on a CSR pattern: apply a mapping or a Laplacian, forward and backward.
 
-The two products are each other's derivative, so together they are closed under differentiation:
+The derivatives of either product are again these two products:
 
 .. math::
     \textrm{spmm}(v, x)_i = \sum_{e \in \textrm{row } i} v_e \, x_{\textrm{col}(e)}
     \qquad
     \textrm{sddmm}(a, b)_e = \langle a_{\textrm{row}(e)}, b_{\textrm{col}(e)} \rangle
 
-Neither holds a dense matrix nor one feature row per entry. Both are custom operators, so that
-:func:`torch.compile` goes through them without a graph break. On a CPU they are compiled
-(:mod:`pyg_attnpool.ops._cpu`), on a GPU Triton kernels (:mod:`pyg_attnpool.ops._triton`); where
-there is neither, operations of PyTorch take their place.
+Neither product holds a dense matrix, or one row of features per entry. Both are custom operators,
+so that :func:`torch.compile` meets no graph break. On a CPU they are compiled
+(:mod:`pyg_attnpool.ops._cpu`), on a GPU they are Triton kernels
+(:mod:`pyg_attnpool.ops._triton`); elsewhere they are operations of PyTorch.
 """
 
 import warnings
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from pyg_attnpool.ops import _cpu
 from pyg_attnpool.ops.backend import at_least_single, on_cpu, on_gpu, operator
 from pyg_attnpool.ops.layout import on_rows
 
-Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col and the entry of the original each came from
+Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col, and the entry that each entry came from
 
 
 @operator("transpose")
@@ -38,6 +39,9 @@ def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
     Returns:
         :obj:`rowptr` :obj:`[N + 1]` and :obj:`col` :obj:`[E]` of the transposed matrix, and the
         permutation :obj:`[E]` that takes values to their transposed order.
+
+    >>> transpose(torch.tensor([0, 2, 3]), torch.tensor([1, 0, 1]), 2)
+    (tensor([0, 1, 3]), tensor([0, 0, 1]), tensor([1, 0, 2]))
     """
     if on_cpu(col):
         return _cpu.transpose(rowptr.contiguous(), col.contiguous(), num_cols)
@@ -48,7 +52,7 @@ def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
 
 
 @transpose.register_fake
-def _(rowptr, col, num_cols):
+def _(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
     return rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
 
 
@@ -63,7 +67,7 @@ def _spmm(
     col_t: Tensor | None = None,
     perm_t: Tensor | None = None,
 ) -> Tensor:
-    # The values stand in the order that `perm` takes them from.
+    # Entry e has the value `value[perm[e]]`, or `value[e]` without a permutation.
     if value.numel() == 0 or x.numel() == 0:
         return x.new_zeros(rowptr.numel() - 1, x.size(1))
     rowptr, col = rowptr.contiguous(), col.contiguous()
@@ -87,18 +91,25 @@ def _spmm(
 
 
 @_spmm.register_fake
-def _(rowptr, col, perm, value, x, rowptr_t=None, col_t=None, perm_t=None):
+def _(
+    rowptr: Tensor,
+    col: Tensor,
+    perm: Tensor | None,
+    value: Tensor,
+    x: Tensor,
+    *transposed: Tensor | None,
+) -> Tensor:
     return x.new_empty(rowptr.size(0) - 1, x.size(1))
 
 
-def _spmm_setup(ctx, inputs, output):
+def _spmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     rowptr, col, perm, value, x, *transposed = inputs
     keep_x = x if ctx.needs_input_grad[3] else None
     ctx.num_cols = x.size(0)
     ctx.save_for_backward(rowptr, col, perm, value, keep_x, *transposed)
 
 
-def _spmm_backward(ctx, grad):
+def _spmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, perm, value, x, rowptr_t, col_t, perm_t = ctx.saved_tensors
     needs_value, needs_x = ctx.needs_input_grad[3:5]
     grad_value = grad_x = None
@@ -131,7 +142,7 @@ def _spmm_grads(
     col_t: Tensor,
     perm_t: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    # The gradients of value and x, which read the same rows.
+    # The gradients of value and x in one pass, since both read the same rows of `grad`.
     pattern = rowptr_t.contiguous(), col_t.contiguous(), perm_t.contiguous()
     if on_cpu(x) and value.numel() > 0 and x.numel() > 0:
         dtype = at_least_single(x.dtype)
@@ -143,15 +154,16 @@ def _spmm_grads(
 
 
 @_spmm_grads.register_fake
-def _(rowptr, col, value, grad, x, rowptr_t, col_t, perm_t):
+def _(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+    _, _, value, _, x, *_ = inputs
     return value.new_empty(value.shape), x.new_empty(x.shape)
 
 
-def _spmm_grads_setup(ctx, inputs, output):
+def _spmm_grads_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _spmm_grads_backward(ctx, of_value, of_x):
+def _spmm_grads_backward(ctx: Any, of_value: Tensor, of_x: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, value, grad, x, *transposed = ctx.saved_tensors
     grad_value = grad_grad = grad_x = None
     if ctx.needs_input_grad[2]:
@@ -178,11 +190,16 @@ def spmm(
         col (torch.Tensor): Column of every entry :obj:`[E]`.
         value (torch.Tensor): Value of every entry :obj:`[E]`, of the type of :obj:`x`.
         x (torch.Tensor): Dense rows :obj:`[N, C]`.
-        transposed (tuple, optional): The result of :meth:`transpose`, for a pattern that stays:
-            the backward pass then need not sort. (default: :obj:`None`)
+        transposed (tuple, optional): The result of :meth:`transpose`. Where a pattern is used
+            often, this saves every backward pass the transposition. (default: :obj:`None`)
 
     Returns:
         The rows :obj:`[M, C]`.
+
+    >>> rowptr, col, value = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1]), torch.ones(3)
+    >>> spmm(rowptr, col, value, torch.tensor([[1.0, 2.0], [10.0, 20.0]]))
+    tensor([[11., 22.],
+            [10., 20.]])
     """
     return _spmm(rowptr, col, None, value, x, *(transposed or (None, None, None)))
 
@@ -208,8 +225,8 @@ def _sddmm(
     left, right = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     if on_cpu(a):
         return _cpu.sddmm(rowptr, col, left, right).to(a.dtype)
-    # The sampled product knows no half precision, and has room for no more entries than a dense
-    # matrix of its shape: where repeated entries need more, zero rows make it larger.
+    # The sampled product takes no half precision, and no more entries than a dense matrix of its
+    # shape has. Where entries repeat and need more room, zero rows make the matrix larger.
     missing = -(-col.numel() // a.size(0)) - b.size(0)
     right = F.pad(right, (0, 0, 0, missing)) if missing > 0 else right
     with warnings.catch_warnings():
@@ -223,15 +240,15 @@ def _sddmm(
 
 
 @_sddmm.register_fake
-def _(rowptr, col, a, b, rowptr_t=None, col_t=None, perm=None):
+def _(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor, *transposed: Tensor | None) -> Tensor:
     return a.new_empty(col.size(0))
 
 
-def _sddmm_setup(ctx, inputs, output):
+def _sddmm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _sddmm_backward(ctx, grad):
+def _sddmm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     rowptr, col, a, b, rowptr_t, col_t, perm = ctx.saved_tensors
     grad_a = grad_b = None
     if ctx.needs_input_grad[2]:
@@ -262,12 +279,20 @@ def sddmm(
 
     Returns:
         One value per entry :obj:`[E]`.
+
+    >>> sddmm(torch.tensor([0, 2]), torch.tensor([0, 1]), torch.ones(1, 2), torch.eye(2) * 3)
+    tensor([3., 3.])
     """
     return _sddmm(rowptr, col, a, b, *(transposed or (None, None, None)))
 
 
 def ell_rowptr(index: Tensor) -> Tensor:
-    r"""The row pointer of a pattern with the same number of slots :obj:`[M, k]` in every row."""
+    r"""The CSR row pointer :obj:`[M + 1]` of a pattern :obj:`[M, k]` with :math:`k` slots in every
+    row.
+
+    >>> ell_rowptr(torch.zeros(3, 2))
+    tensor([0, 2, 4, 6])
+    """
     num_rows, k = index.shape
     return torch.arange(num_rows + 1, device=index.device) * k
 
@@ -276,7 +301,7 @@ def apply_mapping(
     index: Tensor, weight: Tensor, x: Tensor, num_source: int, transposed: Pattern | None = None
 ) -> Tensor:
     r"""Applies a mapping (equation (1) of the paper), differentiable in :obj:`weight` and
-    :obj:`x`. The result is of the type of :obj:`x`.
+    :obj:`x`. The result has the type and layout of :obj:`x`, and is contiguous.
 
     Args:
         index (torch.Tensor): Source vertex of every slot :obj:`[M, k]`.
@@ -284,6 +309,14 @@ def apply_mapping(
         x (torch.Tensor): Features :obj:`[N, F]`, :obj:`[B, N, F]` or :obj:`[B * N, F]`.
         num_source (int): The number of source vertices :math:`N`.
         transposed (tuple, optional): As in :meth:`spmm`. (default: :obj:`None`)
+
+    Raises:
+        ValueError: If :obj:`x` has none of the three shapes.
+        TypeError: If :obj:`x` is not of floating point numbers.
+
+    >>> index, weight = torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.75]])
+    >>> apply_mapping(index, weight, torch.tensor([[4.0], [8.0]]), num_source=2)
+    tensor([[7.]])
     """
     return on_rows(
         x, num_source, lambda rows: map_rows(index, weight, rows, num_source, transposed)
@@ -293,7 +326,12 @@ def apply_mapping(
 def map_rows(
     index: Tensor, weight: Tensor, rows: Tensor, num_source: int, transposed: Pattern | None = None
 ) -> Tensor:
-    r"""As :meth:`apply_mapping`, for rows :obj:`[N, B, F]`."""
+    r"""As :meth:`apply_mapping`, from rows :obj:`[N, B, F]` to rows :obj:`[M, B, F]`.
+
+    >>> index, weight = torch.tensor([[0, 1]]), torch.tensor([[0.25, 0.75]])
+    >>> map_rows(index, weight, torch.tensor([[[4.0, 0.0]], [[8.0, 4.0]]]), num_source=2)
+    tensor([[[7., 3.]]])
+    """
     if rows.dim() != 3 or rows.size(0) != num_source:
         raise ValueError(f"Expected rows of shape [{num_source}, B, F] (got {list(rows.shape)})")
     value = weight.flatten().to(rows.dtype)
@@ -306,6 +344,21 @@ def fuse_slots(
     index: Tensor, weight: Tensor, prior_index: Tensor, prior_weight: Tensor, alpha: float | Tensor
 ) -> tuple[Tensor, Tensor]:
     r"""Mixes two mappings by scaling and concatenating their slots (equation (7)):
-    :math:`\alpha \cdot \textrm{weight} + (1 - \alpha) \cdot \textrm{prior}`."""
+    :math:`\alpha \cdot \textrm{weight} + (1 - \alpha) \cdot \textrm{prior}`.
+
+    Args:
+        index (torch.Tensor): Source vertex of every slot :obj:`[M, k]`.
+        weight (torch.Tensor): Weight of every slot :obj:`[M, k]`.
+        prior_index (torch.Tensor): Source vertex of every slot of the prior :obj:`[M, P]`.
+        prior_weight (torch.Tensor): Weight of every slot of the prior :obj:`[M, P]`.
+        alpha (float or torch.Tensor): The share :math:`\alpha` of the first mapping.
+
+    Returns:
+        Source vertices and weights :obj:`[M, k + P]`.
+
+    >>> one = torch.ones(1, 1)
+    >>> fuse_slots(torch.tensor([[3]]), one, torch.tensor([[5]]), one, 0.25)
+    (tensor([[3, 5]]), tensor([[0.2500, 0.7500]]))
+    """
     weight = torch.cat([alpha * weight, (1 - alpha) * prior_weight], dim=1)
     return torch.cat([index, prior_index], dim=1), weight

@@ -1,5 +1,7 @@
 r"""The spiral convolution, forward and backward, on rows :obj:`[N, B, F]`."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +14,19 @@ Spirals = tuple[Tensor, ...]  # as from `spiral_pattern`
 
 
 def spiral_pattern(spirals: Tensor) -> Spirals:
-    r"""The spirals :obj:`[N, L]`, -1 for no vertex, as :meth:`spiral_conv` takes them: themselves,
-    then row pointer, vertex and step of their entries by vertex of the output, and the same three
-    by vertex of the input."""
+    r"""The spirals as :meth:`spiral_conv` takes them.
+
+    Args:
+        spirals (torch.Tensor): The vertices of every spiral :obj:`[N, L]`, -1 for no vertex.
+
+    Returns:
+        Seven tensors: the spirals; row pointer, vertex and step of their entries, by vertex of the
+        output; and row pointer, vertex and step by vertex of the input.
+
+    >>> _, rowptr, vertex, step, *_ = spiral_pattern(torch.tensor([[0, 1], [1, -1]]))
+    >>> rowptr.tolist(), vertex.tolist(), step.tolist()
+    ([0, 2, 3], [0, 1, 1], [0, 1, 0])
+    """
     length = spirals.size(1)
     used = (spirals >= 0).flatten()
     entry = used.nonzero().squeeze(1)
@@ -38,11 +50,12 @@ def _spiral_conv(
     bias: Tensor | None,
     adjoint: bool,
 ) -> Tensor:
+    # The adjoint carries gradients of the output back to the input, along the same entries.
     if adjoint:
         rowptr, col, slot = rowptr_t, col_t, slot_t
     dtype = x.dtype
     with torch.autocast(x.device.type, enabled=False):
-        x, weight, bias = prepared(x, weight, bias)
+        x, weight, bias = prepared(x), prepared(weight), prepared(bias)
         if on_cpu(x):
             return _cpu.convolve_entries(rowptr, col, slot, x, weight, bias).to(dtype)
         length, channels, out_channels = weight.shape
@@ -58,22 +71,23 @@ def _spiral_conv(
 
 
 def _step(index: Tensor, x: Tensor, step: int) -> Tensor:
-    # What one step of all spirals meets, zeros where there is none.
+    # The features that one step of all spirals meets, zeros where it meets no vertex.
     vertex = index[:, step]
     return x[vertex.clamp(min=0)] * (vertex >= 0).view(-1, 1, 1)
 
 
 @_spiral_conv.register_fake
-def _(index, rowptr, col, slot, rowptr_t, col_t, slot_t, x, weight, bias, adjoint):
+def _(*inputs: Any) -> Tensor:
+    *_, x, weight, _, _ = inputs
     return x.new_empty(*x.shape[:2], weight.size(2))
 
 
-def _spiral_conv_setup(ctx, inputs, output):
+def _spiral_conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *pattern, x, weight, _, ctx.adjoint = inputs
     ctx.save_for_backward(*pattern, x, weight)
 
 
-def _spiral_conv_backward(ctx, grad):
+def _spiral_conv_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *pattern, x, weight = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[7:10]
     grad_x = grad_weight = grad_bias = None
@@ -107,22 +121,23 @@ def _spiral_correlate(
     # x at every step of the spirals, transposed, times g: the gradient of the weights.
     dtype, length = x.dtype, index.size(1)
     with torch.autocast(x.device.type, enabled=False):
-        x, g = prepared(x, g)
+        x, g = prepared(x), prepared(g)
         if on_cpu(x):
             return _cpu.outer([x] * length, [g] * length, index).to(dtype)
         return correlate([_step(index, x, step) for step in range(length)], [g] * length)
 
 
 @_spiral_correlate.register_fake
-def _(index, rowptr, col, slot, rowptr_t, col_t, slot_t, x, g):
+def _(index: Tensor, *inputs: Tensor) -> Tensor:
+    *_, x, g = inputs
     return x.new_empty(index.size(1), x.size(-1), g.size(-1))
 
 
-def _spiral_correlate_setup(ctx, inputs, output):
+def _spiral_correlate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _spiral_correlate_backward(ctx, grad):
+def _spiral_correlate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *pattern, x, g = ctx.saved_tensors
     grad_x = _spiral_conv(*pattern, g, grad.transpose(1, 2), None, True)
     return *[None] * 7, grad_x, _spiral_conv(*pattern, x, grad, None, False)
@@ -145,5 +160,13 @@ def spiral_conv(spirals: Spirals, x: Tensor, weight: Tensor, bias: Tensor | None
 
     Returns:
         Rows :obj:`[N, B, F']`.
+
+    Raises:
+        ValueError: If :obj:`x` has another shape.
+
+    >>> pattern = spiral_pattern(torch.tensor([[0, 1], [1, -1]]))
+    >>> x, weight = torch.tensor([[[1.0]], [[10.0]]]), torch.tensor([[[1.0]], [[2.0]]])
+    >>> spiral_conv(pattern, x, weight, None).flatten()
+    tensor([21., 10.])
     """
     return _spiral_conv(*spirals, *checked(spirals[0].size(0), x, weight, bias), False)

@@ -17,8 +17,11 @@ from pyg_attnpool import (
 )
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as attention_ops
+from pyg_attnpool.ops.backend import decompositions
+from pyg_attnpool.ops.cheb import cheb_conv
 from pyg_attnpool.ops.search import Search, cosine_topk
 from pyg_attnpool.ops.sparse import sddmm, spmm, transpose
+from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
 PACKAGE = Path(pyg_attnpool.__file__).parent
 # What a processor of each capability can run.
@@ -237,6 +240,58 @@ def test_attention(backend, dtype, softmax, prior, called):
             assert_same(run, dense, inputs, DTYPES[dtype])
     wanted = {"topk", "transpose", "attention", "attention_backward"}
     assert called == (wanted if backend != "none" else set())
+
+
+# Decompositions ######################################################################
+
+
+class Products(torch.nn.Module):
+    r"""All operators of a model without attention, one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        row, col = torch.tensor([[0, 1, 1, 2, 3, 4], [1, 0, 2, 1, 4, 3]])
+        rowptr = torch.searchsorted(row, torch.arange(6))
+        self.laplacian = rowptr, col, torch.linspace(-1, 1, 6, dtype=torch.float64)
+        self.spirals = spiral_pattern(torch.tensor([[0, 1], [1, -1], [2, 2], [-1, 3], [4, 0]]))
+        self.weights = [torch.randn(3, 4, 2).double(), torch.randn(3, 2, 4).double()]
+        self.steps = [torch.randn(2, 4, 3).double(), torch.randn(2, 3, 4).double()]
+
+    def forward(self, x):
+        rows = x.transpose(0, 1)
+        for theta in self.weights:
+            rows = cheb_conv(self.laplacian, rows, theta, None)
+        for theta in self.steps:
+            rows = spiral_conv(self.spirals, rows, theta, None)
+        return spmm(*self.laplacian, rows.flatten(1)).view(rows.shape).transpose(0, 1)
+
+
+def operators_of(program):
+    return {str(node.target).split(".")[0] for node in program.graph.nodes if node.op[:4] == "call"}
+
+
+def test_decompositions_leave_operations_of_pytorch_alone(backend):
+    model, x = Products(), torch.randn(3, 5, 4).double()
+    batch = torch.export.Dim("batch", min=1)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: batch},))
+    assert operators_of(program) >= {"pyg_attnpool"}
+    program = program.run_decompositions(decompositions())
+    assert "pyg_attnpool" not in operators_of(program)
+    for batch_size in (1, 3, 8):
+        x = torch.randn(batch_size, 5, 4).double()
+        assert_close(program.module()(x), model(x))
+
+
+def test_decompositions_by_another_function():
+    def other(rowptr, col, perm, value, x, *transposed):
+        return x.new_full((rowptr.size(0) - 1, x.size(1)), 7.0)
+
+    x = torch.randn(3, 5, 4).double()
+    program = torch.export.export(Products(), (x,)).run_decompositions(decompositions(spmm=other))
+    assert (program.module()(x) == 7).all()
+    assert torch.ops.pyg_attnpool.spmm.default in decompositions()
+    with pytest.raises(ValueError, match=r"\['cheb_conv', 'spiral_conv', 'spmm'\] \(got 'topk'\)"):
+        decompositions(topk=other)
 
 
 # Layers ##############################################################################
