@@ -92,8 +92,10 @@ class WeightedPool(PatternPool):
 
 
 class DiffPool(VertexLayer):
-    r"""Unlike :func:`torch_geometric.nn.dense_diff_pool`, a layer with a convolution of its own, for
-    one sparse graph that all samples share: the differentiable pooling from the `"Hierarchical Graph Representation Learning with
+    r"""Unlike :func:`torch_geometric.nn.dense_diff_pool`, a layer with a convolution of its own,
+    for one sparse graph that all samples share.
+
+    The differentiable pooling from the `"Hierarchical Graph Representation Learning with
     Differentiable Pooling" <https://arxiv.org/abs/1806.08804>`_ paper, with a graph convolution of
     the features themselves as the network that assigns:
 
