@@ -1,10 +1,6 @@
 r"""A U-Net on the mesh with PyG's GCNConv: a tenth of a face's vertices is seen, each with 5 mm of
 noise on every coordinate, and every vertex gets its position. Features are pooled over two levels
 and unpooled again, and each level's features skip the levels below it.
-
-Reproduced on AnnyFaces (2,271 training and 319 test meshes of 4,538 vertices), one epoch, seed 0:
-
-    mean face 5.095 mm per vertex    mean of the 32 nearest seen 2.427 mm    U-Net 2.156 mm
 """
 
 from pathlib import Path

@@ -1,9 +1,5 @@
 r"""The layers in a network of your own, beside PyG's ChebConv: faces with 2 mm of noise on every
 coordinate go in, the clean faces are learned from one coarser level.
-
-Reproduced on AnnyFaces (2,271 training and 319 test meshes of 4,538 vertices), one epoch, seed 0:
-
-    noisy 3.192 mm per vertex    denoised 0.802 mm    parameters 247,967 in training, 9,699 shipped
 """
 
 from pathlib import Path

@@ -279,7 +279,7 @@ class MorphableModel(Module):
     def fit(self, train: Any, val: Any = None, **kwargs: Any) -> MorphableModel:
         r"""Trains the model and leaves it with the weights of its best validation error and the
         statistics of the training meshes; see :func:`pyg_attnpool.training.fit` for all arguments
-        (extra :obj:`train`; PCA needs none).
+        (extra :obj:`train`).
 
         Args:
             train (torch.Tensor, MeshDataset, numpy.ndarray or list): Training meshes
