@@ -3,8 +3,8 @@ SpiralNet++: it holds QEM's matrices in lists of sparse tensors and applies them
 takes them apart. Nothing of it changes; two lines, marked below, swap the matrices and ship. Keys
 come from the hierarchy's positions, or where there are none (--no-positions) from the matrices.
 
-Reproduced on AnnyFaces (2,271 training meshes of 4,538 vertices, every eighth test mesh), 200 steps,
-seed 0, two threads:
+Reproduced on AnnyFaces (2,271 training meshes of 4,538 vertices, every eighth test mesh), 200
+steps, seed 0, two threads:
 
                 parameters      test error
     before          92,099        1.511 mm
