@@ -104,8 +104,8 @@ def main(
         begin = time.perf_counter()
         split = dataset.split("independent")
         train, val, test = (dataset[part] for part in split)
-        output = Path(folder) / "run"
-        model.fit(train, val, output=output, epochs=1, batch_size=batch_size, accelerator="cpu")
+        run = Path(folder) / "run"
+        model.fit(train, val, output=run, epochs=1, batch_size=batch_size, accelerator="cpu")
         memory.look("Statistics and an epoch", time.perf_counter() - begin)
 
         begin = time.perf_counter()
