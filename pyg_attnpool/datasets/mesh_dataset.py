@@ -178,10 +178,10 @@ class MeshDataset(Dataset):
             raise ValueError(f"Expected no 'names' for kind={kind!r} (got {len(names)})")
 
         if kind == "interpolation":
-            is_test, is_val = _of_every(100, len(self), 11, 10)
+            is_test, is_val = of_every(100, len(self), 11, 10)
         elif kind == "sequence":
             sequence = self._sequences()
-            parts = _of_every(10, int(sequence.max()) + 1, 1, 1)
+            parts = of_every(10, int(sequence.max()) + 1, 1, 1)
             is_test, is_val = (part[sequence] for part in parts)
         else:
             if kind == "extrapolation":
@@ -189,12 +189,12 @@ class MeshDataset(Dataset):
             elif kind == "identity":
                 is_test = self._held_out("subject", subject)
             elif kind == "independent":
-                (is_test,) = _of_every(100, len(self), 10)
+                (is_test,) = of_every(100, len(self), 10)
             else:
                 is_test = self._listed(names)
             rest = (~is_test).nonzero().flatten()
             is_val = torch.zeros_like(is_test)
-            is_val[rest[_of_every(100, len(rest), 10)[0]]] = True
+            is_val[rest[of_every(100, len(rest), 10)[0]]] = True
         index = torch.arange(len(self))
         split = Split(index[~is_test & ~is_val], index[is_val], index[is_test])
         if any(len(part) == 0 for part in split):
@@ -235,9 +235,9 @@ class MeshDataset(Dataset):
         return torch.tensor([label == value for label in labels])
 
 
-def _of_every(size: int, num: int, *counts: int) -> list[Tensor]:
-    # The first count of every block of a size, the next count and so on, as masks. Less than one
-    # block is a block in proportion: the rule would leave it all to the first parts.
+def of_every(size: int, num: int, *counts: int) -> list[Tensor]:
+    r"""The first :obj:`count` of every block of a size, the next count and so on, as masks. Less
+    than one block is a block in proportion: the rule would leave it all to the first parts."""
     block = max(min(num, size), 1)
     place = torch.arange(num) % block
     masks, end = [], 0

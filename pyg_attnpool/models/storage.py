@@ -29,7 +29,7 @@ from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import check_index
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.nn.resolver import pooling_resolver
+from pyg_attnpool.nn.resolver import CONVOLUTION_NAMES, POOLING_NAMES, pooling_resolver
 
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
@@ -171,10 +171,8 @@ def _named(value: Any) -> Any:
     # The name by which a resolver finds a class.
     if inspect.isclass(value) and issubclass(value, MessagePassing):
         return value.__name__
-    names = {"StaticChebConv": "cheb", "SpiralConv": "spiral", "MappingPool": "qem"}
-    names |= {"AttentionPool": "attention", "AttentionUnpool": "attention", "FullPool": "full"}
-    names |= {"DiffPool": "diffpool", "WeightedPool": "variant"}
-    return names.get(value.__name__, value) if inspect.isclass(value) else value
+    names: dict[Any, str] = {**POOLING_NAMES, **CONVOLUTION_NAMES}
+    return names.get(value, value) if inspect.isclass(value) else value
 
 
 def _network(

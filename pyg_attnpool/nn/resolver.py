@@ -27,6 +27,16 @@ from pyg_attnpool.nn.mapping_pool import MappingPool
 from pyg_attnpool.nn.spiral_conv import SpiralConv
 
 POOLINGS = ("qem", "attention", "full", "diffpool", "average", "variant")
+# The names of the layers of this package, by which a resolver finds them too.
+POOLING_NAMES: dict[type[Module], str] = {
+    MappingPool: "qem",
+    AttentionPool: "attention",
+    AttentionUnpool: "attention",
+    FullPool: "full",
+    DiffPool: "diffpool",
+    WeightedPool: "variant",
+}
+CONVOLUTION_NAMES: dict[type[Module], str] = {StaticChebConv: "cheb", SpiralConv: "spiral"}
 Query = str | type[Module] | Callable[..., Module]
 
 
@@ -75,15 +85,7 @@ def pooling_resolver(
     """
     if direction not in ("down", "up"):
         raise ValueError(f"Expected 'direction' to be 'down' or 'up' (got {direction!r})")
-    classes = {
-        MappingPool: "qem",
-        AttentionPool: "attention",
-        AttentionUnpool: "attention",
-        FullPool: "full",
-        DiffPool: "diffpool",
-        WeightedPool: "variant",
-    }
-    name = classes.get(query, query) if isinstance(query, type) else query
+    name = POOLING_NAMES.get(query, query) if isinstance(query, type) else query
     if not isinstance(name, str):
         if not callable(query):
             raise ValueError(f"Expected a pooling by name, class or callable (got {query!r})")
@@ -222,12 +224,14 @@ def convolution_resolver(
     """
     num_nodes = hierarchy.num_vertices[level]
     edge_index = hierarchy.edge_index(level)
-    if query in ("cheb", StaticChebConv):
+    if isinstance(query, type):
+        query = CONVOLUTION_NAMES.get(query, query)
+    if query == "cheb":
         kwargs = {"K": 6, **kwargs}
         return StaticChebConv(
             in_channels, out_channels, kwargs.pop("K"), edge_index, num_nodes, bias, **kwargs
         )
-    if query in ("spiral", SpiralConv):
+    if query == "spiral":
         spirals = level_spirals(hierarchy, level, **kwargs)
         return SpiralConv(in_channels, out_channels, spirals, bias)
     if isinstance(query, str):

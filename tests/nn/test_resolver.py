@@ -67,9 +67,6 @@ def test_cartesian_attributes_are_those_of_pyg(hierarchy):
     from torch_geometric.data import Data
     from torch_geometric.transforms import Cartesian
 
-    class Recorded(torch.nn.Module):
-        pass
-
     from pyg_attnpool.nn.resolver import _edge_attr
 
     edge_index = hierarchy.edge_index(0)
