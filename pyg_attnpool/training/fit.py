@@ -30,6 +30,7 @@ from pyg_attnpool.datasets.mesh_dataset import (
     blocks,
     check_finite,
     check_meshes,
+    of_every,
 )
 from pyg_attnpool.files import digest, replacing
 from pyg_attnpool.metrics import warn_millimetres
@@ -160,8 +161,7 @@ def fit(
                 data = MeshData(train, val, batch_size, seed)
                 best = _train(module, data, folder, epochs, callbacks, logger, resume, trainer)
         except BaseException:
-            if not resume and model.summary == {}:
-                model.set_statistics(*before)
+            model.set_statistics(*before)
             raise
         model.summary = {
             "meshes": len(train),
@@ -306,8 +306,7 @@ def _split(meshes: Tensor | MeshDataset) -> tuple[Any, Any]:
     if isinstance(meshes, MeshDataset):
         parts = meshes.split()
         return meshes[parts.train], meshes[parts.val]
-    block = min(len(meshes), 100)
-    is_val = torch.arange(len(meshes)) % max(block, 1) < -(-block // 10)
+    (is_val,) = of_every(100, len(meshes), 10)
     if is_val.all():
         raise ValueError(f"Expected meshes for training and validation (got {len(meshes)})")
     return meshes[~is_val], meshes[is_val]

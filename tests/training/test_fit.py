@@ -299,6 +299,27 @@ def test_checkpoint_of_another_run_is_refused_and_kept(tmp_path, hierarchy):
         assert (tmp_path / "last.ckpt").read_bytes() == before
 
 
+def test_a_refused_resume_leaves_the_model_as_it_was(tmp_path, hierarchy):
+    run(hierarchy, tmp_path, epochs=1)
+    for summary in ({}, {"epochs": 3}):  # also of one that was trained before
+        refused = model(hierarchy)
+        refused.summary = dict(summary)
+        before = {name: value.clone() for name, value in refused.state_dict().items()}
+        with pytest.raises(ValueError, match="seed=3"):
+            refused.fit(
+                meshes(37),
+                meshes(9, 1),
+                epochs=1,
+                batch_size=8,
+                accelerator="cpu",
+                output=tmp_path,
+                resume=True,
+                seed=3,
+            )
+        after = refused.state_dict()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_damaged_checkpoints_are_refused(tmp_path, hierarchy):
     run(hierarchy, tmp_path, epochs=1)
     path = tmp_path / "last.ckpt"
