@@ -29,7 +29,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     r"""Yields a temporary folder beside :obj:`path`. When the block ends without an error, it takes
-    the place of :obj:`path` as a whole; until then an older folder stays as it is."""
+    the place of :obj:`path` as a whole; until then an older folder stays as it is. That takes two
+    renames: a kill between them leaves the older folder beside :obj:`path`, under a hidden name."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
