@@ -48,7 +48,7 @@ $(VENV)/.complete: setup.py pyproject.toml Makefile $(SOURCES)
 	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
 	  A C++ compiler and the headers of Python are needed.)
 	$(call step,5/5 pyg_attnpool with its extras,\
-	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)examples$(,)export$(,)tgp$(,)hub$(,)dev]",\
+	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)cli$(,)export$(,)tgp$(,)hub$(,)dev]",\
 	  Check the network.)
 	@touch $@
 

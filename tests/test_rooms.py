@@ -25,6 +25,8 @@ ROOMS = [
     "export",
     "integrations",
     "visualize",
+    "__init__",
+    "cli",
 ]
 
 # The methods of a morphable model that are one line each: they import their room when called.
@@ -33,7 +35,7 @@ FORWARD = {("models.morphable", room) for room in ("export", "metrics", "trainin
 
 def test_every_room_has_its_place():
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert found - {"__init__", "__pycache__", "csrc"} == set(ROOMS)
+    assert found - {"__pycache__", "csrc"} == set(ROOMS)
 
 
 def test_rooms_know_only_rooms_before_them():

@@ -13,7 +13,7 @@ class PCA(torch.nn.Module):
         latent_channels (int, optional): The number of components. (default: :obj:`8`)
 
     Raises:
-        ValueError: If there are fewer meshes or features than components.
+        ValueError: If there is no component, or fewer meshes or features than components.
 
     Example:
         >>> x = torch.randn(10, 5, 3)
@@ -39,9 +39,11 @@ class PCA(torch.nn.Module):
         return model
 
     def _allocate(self, shape: torch.Size, latent_channels: int) -> None:
+        if not isinstance(latent_channels, int) or latent_channels < 1:
+            raise ValueError(f"Expected positive 'latent_channels' (got {latent_channels!r})")
         self.latent_channels = latent_channels
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("components", torch.zeros(max(latent_channels, 0), *shape))
+        self.register_buffer("components", torch.zeros(latent_channels, *shape))
 
     def fit(self, x: Tensor) -> "PCA":
         r"""Sets mean and components to those of meshes :obj:`[M, N, C]`.
@@ -54,7 +56,7 @@ class PCA(torch.nn.Module):
         if (
             x.dim() != 3
             or x.shape[1:] != self.mean.shape
-            or not (0 < self.latent_channels < min(len(x), x[0].numel()))
+            or self.latent_channels >= min(len(x), self.mean.numel())
         ):
             raise ValueError(
                 f"Expected meshes of shape [M, N, C] with more meshes and features than the "

@@ -90,5 +90,5 @@ def test_too_many_components_are_named(size, k):
 
 
 def test_no_components_are_an_error():
-    with pytest.raises(ValueError, match="the 0 components"):
+    with pytest.raises(ValueError, match="positive 'latent_channels'"):
         PCA(torch.randn(30, 15, 3), 0)
