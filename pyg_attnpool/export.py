@@ -11,6 +11,7 @@ from torch.nn import Module
 
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool
+from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.ops.backend import decompositions
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
@@ -53,7 +54,7 @@ def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
         RuntimeError: If the program differs from the model by more than 1e-5.
     """
     model = _evaluating(model, example)
-    program = _program(model, example, _bag)
+    program = _program(model, example, spmm=_bag)
     program.example_inputs = None
     with replacing(path) as temporary, _quiet():
         torch.export.save(program, temporary)
@@ -89,7 +90,7 @@ def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
             f"'export_onnx' requires '{e.name}': install it with "
             f'`pip install "pyg_attnpool[export]"`'
         ) from e
-    program = _program(model, example, _scatter)
+    program = _program(_padded(model), example, spmm=_gather, spiral_conv=_gather_spirals)
     with replacing(path) as temporary, _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -132,7 +133,7 @@ def _evaluating(model: Module, example: Tensor) -> Module:
 
 
 def _program(
-    model: Module, example: Tensor, spmm: Callable[..., Tensor]
+    model: Module, example: Tensor, **operators: Callable[..., Tensor]
 ) -> torch.export.ExportedProgram:
     # Zeros in place of the example, so that its values cannot reach a file; two of them, as
     # torch.export takes a batch of one for a constant.
@@ -140,7 +141,7 @@ def _program(
     with torch.no_grad(), _quiet():
         program = torch.export.export(
             model, (zeros,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        ).run_decompositions(decompositions(spmm=spmm))
+        ).run_decompositions(decompositions(**operators))
     # What only a backward pass reads, such as transposed patterns, would be most of the file. The
     # rest is copied: a view, such as a row of an edge_index, drags all of its storage along.
     nodes = [node for node in program.graph.nodes if node.op == "placeholder"]
@@ -166,17 +167,38 @@ def _bag(
     )
 
 
-def _scatter(
+def _padded(model: Module) -> Module:
+    # ONNX knows no sparse product. A product with a matrix that has as many entries in every row is
+    # a gather and small dense products, so every row of a Laplacian is filled up with zeros.
+    model = copy.deepcopy(model)
+    for layer in model.modules():
+        if isinstance(layer, StaticChebConv):
+            lengths = layer.rowptr.diff()
+            width, num_rows = int(lengths.max()), len(lengths)
+            row = torch.repeat_interleave(lengths)
+            entry = row * width + torch.arange(len(row), device=row.device) - layer.rowptr[row]
+            layer.col = layer.col.new_zeros(num_rows * width).index_put((entry,), layer.col)
+            padded = layer.laplacian.new_zeros(num_rows * width)
+            layer.laplacian = padded.index_put((entry,), layer.laplacian)
+            layer.rowptr = torch.arange(num_rows + 1, device=row.device) * width
+    return model
+
+
+def _gather(
     rowptr: Tensor, col: Tensor, perm: Any, value: Tensor, x: Tensor, *transposed: Any
 ) -> Tensor:
-    # ONNX has no bags. The row of an entry is the number of rows that ended before it; a constant,
-    # which the exporter folds. Not index_add, which becomes ScatterND: onnxruntime adds there from
-    # several threads at a time, and loses some where a row repeats.
-    ended = rowptr.new_zeros(col.size(0) + 1)
-    row = ended.scatter_add(0, rowptr[1:], torch.ones_like(rowptr[1:])).cumsum(0)[:-1]
-    entries = value.unsqueeze(1) * x.index_select(0, col)
-    out = x.new_zeros(rowptr.size(0) - 1, x.size(1))
-    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries)
+    num_rows = rowptr.size(0) - 1
+    entries = x.index_select(0, col).view(num_rows, -1, x.size(1))
+    return torch.matmul(value.view(num_rows, 1, -1), entries).squeeze(1)
+
+
+def _gather_spirals(index: Tensor, *inputs: Any) -> Tensor:
+    # A row of zeros stands for no vertex.
+    *_, x, weight, bias, _ = inputs
+    vertex = torch.where(index < 0, x.size(0), index)
+    steps = torch.cat([x, x.new_zeros(1, *x.shape[1:])])[vertex]
+    out = steps.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+    return out if bias is None else out + bias
 
 
 @torch.no_grad()

@@ -171,8 +171,9 @@ def test_onnx_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]
     graph = onnx.load(tmp_path / "model.onnx").graph
     assert {node.domain for node in graph.node} == {""}
-    # In onnxruntime's threads its sums are wrong, on meshes larger than these.
-    assert "ScatterND" not in {node.op_type for node in graph.node}
+    # Sparse products are gathers: a scatter takes ten times as long, and in onnxruntime's threads
+    # the sums of ScatterND are wrong on meshes larger than these.
+    assert not {node.op_type for node in graph.node if "Scatter" in node.op_type}
     check_in_a_fresh_process(LOAD_ONNX, model, tmp_path)
 
 
