@@ -5,11 +5,11 @@
 namespace {
 
 // Slots are the k of the attention and then the P of the prior. `scale` is beta of the softmax, or
-// zero where scores are divided by their sum; `share` is that of the attention.
+// negative where scores are divided by their sum; `share` is that of the attention.
 template <class T>
 inline void attend(int64_t k, T scale, const T* score, T* weight) {
     T sum = 0;
-    if (scale > 0) {
+    if (!(scale < 0)) {  // nor where it is no number
         const T most = *std::max_element(score, score + k);
         for (int64_t e = 0; e < k; ++e) sum += weight[e] = std::exp(scale * (score[e] - most));
     } else {
@@ -61,7 +61,7 @@ void attention_backward(int64_t M, int64_t N, int64_t c, int64_t k, int64_t P, c
                 of_share[block] += mean - of_prior;
                 for (int64_t e = 0; e < k; ++e) {
                     const double centred = share * (g[e] - mean);
-                    if (scale > 0) d[e] = scale * weight[e] * centred;
+                    if (!(scale < 0)) d[e] = scale * weight[e] * centred;
                     else d[e] = s[e] >= T(1e-25) ? centred / norm : 0;
                     of_scale[block] += double(d[e]) * s[e];
                 }
@@ -85,17 +85,22 @@ void attention_backward(int64_t M, int64_t N, int64_t c, int64_t k, int64_t P, c
 }  // namespace
 
 #define FUNCTIONS(T)                                                                              \
-    void attention_##T(int64_t M, int64_t k, int64_t P, const T* score, const T* prior,           \
-                       double scale, double share, T* weight) {                                   \
+    int64_t attention_##T(int64_t M, int64_t k, int64_t P, const T* score, const T* prior,        \
+                          double scale, double share, T* weight) {                                \
         attention<T>(M, k, P, score, prior, scale, share, weight);                                \
+        return DONE;                                                                              \
     }                                                                                             \
-    void attention_backward_##T(                                                                  \
+    int64_t attention_backward_##T(                                                               \
         int64_t M, int64_t N, int64_t c, int64_t k, int64_t P, const T* query, const T* key,      \
         const int64_t* index, const T* score, const T* prior, double scale, double share,         \
         const T* grad, const int64_t* rowptr_t, const int64_t* col_t, const int64_t* perm,        \
         T* grad_query, T* grad_key, T* grad_scalars) {                                            \
+        const int64_t E = M * (k + P);                                                            \
+        if (!inside(E, index, N) || !is_pattern(N, M, E, rowptr_t, col_t) || !inside(E, perm, E)) \
+            return OUT_OF_RANGE;                                                                  \
         attention_backward<T>(M, N, c, k, P, query, key, index, score, prior, scale, share, grad, \
-                           rowptr_t, col_t, perm, grad_query, grad_key, grad_scalars);            \
+                              rowptr_t, col_t, perm, grad_query, grad_key, grad_scalars);         \
+        return DONE;                                                                              \
     }
 
 extern "C" {

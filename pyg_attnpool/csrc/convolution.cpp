@@ -116,23 +116,29 @@ void outer(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S, const T* const
 }  // namespace
 
 #define FUNCTIONS(T)                                                                              \
-    void convolve_slots_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S,                \
-                            const T* const* x, const T* weight, const T* bias, T* out) {          \
+    int64_t convolve_slots_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S,             \
+                               const T* const* x, const T* weight, const T* bias, T* out) {       \
         convolve<T>(M, B, F, G, S, weight, bias, out, [=](int64_t i, int64_t b, auto f) {         \
             for (int64_t s = 0; s < S; ++s) f(x[s] + (i * B + b) * F, s);                         \
         });                                                                                       \
+        return DONE;                                                                              \
     }                                                                                             \
-    void convolve_entries_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S,              \
-                              const int64_t* rowptr, const int64_t* col, const int64_t* slot,     \
-                              const T* x, const T* weight, const T* bias, T* out) {               \
+    int64_t convolve_entries_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S,           \
+                                 int64_t N, int64_t E, const int64_t* rowptr, const int64_t* col, \
+                                 const int64_t* slot, const T* x, const T* weight, const T* bias, \
+                                 T* out) {                                                        \
+        if (!is_pattern(M, N, E, rowptr, col) || !inside(E, slot, S)) return OUT_OF_RANGE;        \
         convolve<T>(M, B, F, G, S, weight, bias, out, [=](int64_t i, int64_t b, auto f) {         \
             for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e)                                   \
                 f(x + (col[e] * B + b) * F, slot[e]);                                             \
         });                                                                                       \
+        return DONE;                                                                              \
     }                                                                                             \
-    void outer_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S, const T* const* x,      \
-                   const T* const* g, const int64_t* index, T* out) {                             \
+    int64_t outer_##T(int64_t M, int64_t B, int64_t F, int64_t G, int64_t S, int64_t N,           \
+                      const T* const* x, const T* const* g, const int64_t* index, T* out) {       \
+        if (index ? !inside(M * S, index, N, -1) : N != M) return OUT_OF_RANGE;                   \
         outer<T>(M, B, F, G, S, x, g, index, out);                                                \
+        return DONE;                                                                              \
     }
 
 extern "C" {

@@ -33,8 +33,7 @@ void order(Ranked<T>* list, int64_t n, int64_t K) {
     Index index[SHORT];
     Ranked<T> sorted[SHORT];
     for (int64_t e = 0; e < n; ++e) {
-        const T s = list[e].score;
-        score[e] = s == s ? s : -std::numeric_limits<T>::infinity();  // no numbers are the last
+        score[e] = list[e].score;
         index[e] = list[e].index;
     }
     for (int64_t e = n; e % W; ++e) score[e] = index[e] = 0;
@@ -53,13 +52,16 @@ void order(Ranked<T>* list, int64_t n, int64_t K) {
         }
         return sum;
     };
-    // Only where scores are equal does the sum fall short, and need indices be looked at.
+    // Only where scores are equal does the sum fall short, and need indices be looked at. A key that
+    // is listed twice has one place for both.
     auto greater = [&](int64_t f, Vector<T> scores, Mask) { return Mask(score[f] > scores); };
-    if (place_all(greater) < n * (n - 1) / 2)
-        place_all([&](int64_t f, Vector<T> scores, Mask own) {
-            return Mask((score[f] > scores) | ((score[f] == scores) & (index[f] < own)));
-        });
-    std::copy_n(sorted, K, list);
+    auto before = [&](int64_t f, Vector<T> scores, Mask own) {
+        return Mask((score[f] > scores) | ((score[f] == scores) & (index[f] < own)));
+    };
+    if (place_all(greater) < n * (n - 1) / 2 && place_all(before) < n * (n - 1) / 2)
+        std::partial_sort(list, list + K, list + n);
+    else
+        std::copy_n(sorted, K, list);
 }
 
 // The keys in panels of one register of keys, channel after channel.
@@ -140,8 +142,6 @@ void search(int64_t N, int64_t K, const int64_t* rows, int count, const Units<T>
         Ranked<T>* list = found[r].data();
         for (int64_t e = 0; e < size[r]; ++e)
             list[e].score = dot(queries[rows[r]], keys[list[e].index], keys.stride);
-        // Fewer only where scores are not numbers.
-        for (; size[r] < K; ++size[r]) list[size[r]] = {-2, int32_t(size[r])};
         order(list, size[r], K);
     }
 }
@@ -163,11 +163,43 @@ double turned(int64_t c, const T* from, const T* to) {
     return 2 * std::asin(std::sqrt(square) / 2) * (1 + UNIT);
 }
 
+// The search where some vectors are not finite. A score that is no number comes before all others,
+// as it does where PyTorch sorts, so that it reaches every query. Nothing is proved by such scores:
+// the state becomes that of a new search.
+template <class T>
+void topk_of_any(int64_t M, int64_t N, int64_t k, int64_t K, const Units<T>& queries,
+                 const Units<T>& keys, T* last_query, T* last_key, int32_t* candidates,
+                 double* angle, int64_t* index, T* score, int64_t* searched) {
+    constexpr T FIRST = 2;  // above every cosine
+    std::vector<Ranked<T>> list(N);
+    for (int64_t i = 0; i < M; ++i) {
+        for (int64_t j = 0; j < N; ++j) {
+            const T s = dot(queries[i], keys[j], keys.stride);
+            list[j] = {s == s ? s : FIRST, int32_t(j)};
+        }
+        std::partial_sort(list.begin(), list.begin() + k, list.end());
+        for (int64_t e = 0; e < k; ++e) {
+            index[i * k + e] = list[e].index;
+            score[i * k + e] =
+                list[e].score == FIRST ? std::numeric_limits<T>::quiet_NaN() : list[e].score;
+        }
+        for (int64_t e = 0; e < K; ++e) candidates[i * K + e] = e;
+    }
+    std::fill_n(last_query, M * queries.channels, T(0));
+    std::fill_n(last_key, N * keys.channels, T(0));
+    std::fill_n(angle, M, 0.0);
+    searched[0] += M;
+    searched[1] += M;
+}
+
 template <class T>
 void topk(int64_t M, int64_t N, int64_t c, int64_t k, int64_t K, const T* query, const T* key,
           T* last_query, T* last_key, int32_t* candidates, double* angle, int64_t* index,
           T* score, int64_t* searched) {
     const Units<T> queries(M, c, query), keys(N, c, key);
+    if (!queries.finite() || !keys.finite())
+        return topk_of_any(M, N, k, K, queries, keys, last_query, last_key, candidates, angle,
+                           index, score, searched);
     const T slack = 4 * c * std::numeric_limits<T>::epsilon();
     // Of what rounding and lengths close to one leave open between scores and angles.
     const double margin = 1e-5 + slack;
@@ -236,11 +268,13 @@ void topk(int64_t M, int64_t N, int64_t c, int64_t k, int64_t K, const T* query,
 }  // namespace
 
 #define FUNCTIONS(T)                                                                              \
-    void topk_##T(int64_t M, int64_t N, int64_t c, int64_t k, int64_t K, const T* query,          \
-                  const T* key, T* last_query, T* last_key, int32_t* candidates,                  \
-                  double* angle, int64_t* index, T* score, int64_t* searched) {                   \
+    int64_t topk_##T(int64_t M, int64_t N, int64_t c, int64_t k, int64_t K, const T* query,       \
+                     const T* key, T* last_query, T* last_key, int32_t* candidates,               \
+                     double* angle, int64_t* index, T* score, int64_t* searched) {                \
+        if (k < 1 || k > K || K > N || !inside(M * K, candidates, N)) return OUT_OF_RANGE;        \
         topk<T>(M, N, c, k, K, query, key, last_query, last_key, candidates, angle, index, score, \
                 searched);                                                                        \
+        return DONE;                                                                              \
     }
 
 extern "C" {

@@ -79,6 +79,31 @@ constexpr int ROWS = BYTES == 64 ? 16 : 8;
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t SERIAL = 1 << 15;
 
+// Indices from outside ///////////////////////////////////////////////////////////////////////////
+
+// Indices come from files and from users, who may change them at any time. Every function looks at
+// its own before it reads or writes where they point, and returns one of these.
+enum Status : int64_t { DONE = 0, OUT_OF_RANGE = 1 };
+
+// Whether all of `n` indices are from `low` to `end - 1`. The sign of what leaves the range on
+// either side is gathered without a branch, in vectors, which costs next to nothing.
+template <class I>
+inline bool inside(int64_t n, const I* index, int64_t end, int64_t low = 0) {
+    using U = typename std::make_unsigned<I>::type;
+    const U first = U(low), last = U(end - 1);
+    U signs = 0;
+    for (int64_t e = 0; e < n; ++e) signs |= (U(index[e]) - first) | (last - U(index[e]));
+    return n == 0 || (end > low && I(signs) >= 0);
+}
+
+// Whether `rowptr` and `col` are a CSR pattern of `E` entries with M rows and N columns.
+inline bool is_pattern(int64_t M, int64_t N, int64_t E, const int64_t* rowptr, const int64_t* col) {
+    if (M < 0 || rowptr[0] != 0 || rowptr[M] != E) return false;
+    bool ascends = true;
+    for (int64_t i = 0; i < M; ++i) ascends &= rowptr[i] <= rowptr[i + 1];
+    return ascends && inside(E, col, N);
+}
+
 // One row of a sparse product ////////////////////////////////////////////////////////////////////
 
 // A block of `U` vectors of one row of the product stays in registers while its entries pass.
@@ -169,6 +194,10 @@ struct Units {
     }
 
     const T* operator[](int64_t i) const { return rows.data() + i * stride; }
+
+    bool finite() const {
+        return std::all_of(length.begin(), length.end(), [](T l) { return std::isfinite(l); });
+    }
 
     // The gradient of a vector from that of the vector at unit length.
     void through_length(int64_t i, const T* of_unit, T* grad) const {

@@ -114,33 +114,44 @@ void transpose(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col, 
 }  // namespace
 
 #define FUNCTIONS(T)                                                                              \
-    void spmm_##T(int64_t M, int64_t C, const int64_t* rowptr, const int64_t* col,                \
-                  const int64_t* perm, const T* value, const T* x, double scale,                  \
-                  const T* minus, T* out) {                                                       \
+    int64_t spmm_##T(int64_t M, int64_t C, int64_t N, int64_t E, const int64_t* rowptr,           \
+                     const int64_t* col, const int64_t* perm, const T* value, const T* x,         \
+                     double scale, const T* minus, T* out) {                                      \
+        if (!is_pattern(M, N, E, rowptr, col) || (perm && !inside(E, perm, E)))                   \
+            return OUT_OF_RANGE;                                                                  \
         spmm<T>(M, C, rowptr, col, perm, value, x, scale, minus, out);                            \
+        return DONE;                                                                              \
     }                                                                                             \
-    void terms_##T(int64_t N, int64_t C, int64_t K, const int64_t* rowptr, const int64_t* col,    \
-                   const T* value, const T* x, T* out) {                                          \
+    int64_t terms_##T(int64_t N, int64_t C, int64_t K, int64_t E, const int64_t* rowptr,          \
+                      const int64_t* col, const T* value, const T* x, T* out) {                   \
+        if (!is_pattern(N, N, E, rowptr, col)) return OUT_OF_RANGE;                               \
         terms<T>(N, C, K, rowptr, col, value, x, out);                                            \
+        return DONE;                                                                              \
     }                                                                                             \
-    void sddmm_##T(int64_t M, int64_t C, const int64_t* rowptr, const int64_t* col,               \
-                   const T* a, const T* b, T* out) {                                              \
+    int64_t sddmm_##T(int64_t M, int64_t C, int64_t N, int64_t E, const int64_t* rowptr,          \
+                      const int64_t* col, const T* a, const T* b, T* out) {                       \
+        if (!is_pattern(M, N, E, rowptr, col)) return OUT_OF_RANGE;                               \
         sddmm<T>(M, C, rowptr, col, a, b, out);                                                   \
+        return DONE;                                                                              \
     }                                                                                             \
-    void spmm_grads_##T(int64_t N, int64_t C, const int64_t* rowptr_t, const int64_t* col_t,      \
-                        const int64_t* perm, const T* value, const T* g, const T* x,              \
-                        T* grad_x, T* grad_value) {                                               \
+    int64_t spmm_grads_##T(int64_t N, int64_t C, int64_t M, int64_t E, const int64_t* rowptr_t,   \
+                           const int64_t* col_t, const int64_t* perm, const T* value,             \
+                           const T* g, const T* x, T* grad_x, T* grad_value) {                    \
+        if (!is_pattern(N, M, E, rowptr_t, col_t) || !inside(E, perm, E)) return OUT_OF_RANGE;    \
         spmm_grads<T>(N, C, rowptr_t, col_t, perm, value, g, x, grad_x, grad_value);              \
+        return DONE;                                                                              \
     }
 
 extern "C" {
-void pyg_attnpool_3() {}  // the version that _cpu.py looks for
+void pyg_attnpool_4() {}  // the version that _cpu.py looks for
 
 FUNCTIONS(float)
 FUNCTIONS(double)
 
-void transpose_pattern(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col,
-                       int64_t* rowptr_t, int64_t* col_t, int64_t* perm) {
+int64_t transpose_pattern(int64_t M, int64_t N, int64_t E, const int64_t* rowptr,
+                          const int64_t* col, int64_t* rowptr_t, int64_t* col_t, int64_t* perm) {
+    if (!is_pattern(M, N, E, rowptr, col)) return OUT_OF_RANGE;
     transpose(M, N, rowptr, col, rowptr_t, col_t, perm);
+    return DONE;
 }
 }

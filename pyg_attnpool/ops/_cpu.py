@@ -4,55 +4,122 @@ Set-up builds the library three times, for different instruction sets; this modu
 that fits the processor. Where none could be built, :obj:`AVAILABLE` is :obj:`False`, and
 :mod:`pyg_attnpool.ops` uses operations of PyTorch instead.
 
-The callers check shapes and types. The functions here only allocate the results.
+Indices come from files and from users, who may change them at any time. So every array is checked
+where its address is handed over: its type and size here, and where its indices point in the
+compiled function itself, which costs little beside what it does with the rows there.
 """
 
 import ctypes
 import math
 import os
 import threading
+from collections.abc import Callable
 from ctypes import POINTER, c_double, c_int64, c_void_p
 from pathlib import Path
 from struct import unpack_from
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-VERSION = 3  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+VERSION = 4  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
-SIZE, NUMBER, ARRAY, ARRAYS = c_int64, c_double, c_void_p, POINTER(c_void_p)
-# The arguments of every function, in the order of its declaration.
-TYPED = {  # compiled for each of DTYPES, whose name is appended
-    # M, C, rowptr, col, perm, value, x, scale, minus, out
-    "spmm": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, NUMBER, ARRAY, ARRAY],
-    # N, C, K, rowptr, col, value, x, out
-    "terms": [SIZE, SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
-    # M, C, rowptr, col, a, b, out
-    "sddmm": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
-    # N, C, rowptr_t, col_t, perm, value, g, x, grad_x, grad_value
-    "spmm_grads": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+
+class Kind(NamedTuple):
+    r"""What a function takes for an argument: its type in C, that of the elements of an array
+    (:obj:`None` for the type that the function computes in), and whether it may be left out."""
+
+    ctype: Any
+    dtype: torch.dtype | None = None
+    optional: bool = False
+
+
+SIZE, NUMBER = Kind(c_int64), Kind(c_double)
+ARRAY, ARRAYS = Kind(c_void_p), Kind(POINTER(c_void_p))
+INDEX, INDEX32, DOUBLE = (Kind(c_void_p, t) for t in (torch.int64, torch.int32, torch.float64))
+MAYBE_ARRAY, MAYBE_INDEX = ARRAY._replace(optional=True), INDEX._replace(optional=True)
+# The arguments of every function, in the order of its declaration, and from the sizes, which come
+# first, the number of elements of every array. Arrays are contiguous and on the CPU.
+Signature = tuple[list[Kind], Callable[..., tuple[int, ...]]]
+TYPED: dict[str, Signature] = {  # compiled for each of DTYPES, whose name is appended
+    # M, C, N, E, rowptr, col, perm, value, x, scale, minus, out
+    "spmm": (
+        [*[SIZE] * 4, INDEX, INDEX, MAYBE_INDEX, ARRAY, ARRAY, NUMBER, MAYBE_ARRAY, ARRAY],
+        lambda M, C, N, E: (M + 1, E, E, E, N * C, M * C, M * C),
+    ),
+    # N, C, K, E, rowptr, col, value, x, out
+    "terms": (
+        [*[SIZE] * 4, INDEX, INDEX, ARRAY, ARRAY, ARRAY],
+        lambda N, C, K, E: (N + 1, E, E, N * C, (K - 1) * N * C),
+    ),
+    # M, C, N, E, rowptr, col, a, b, out
+    "sddmm": (
+        [*[SIZE] * 4, INDEX, INDEX, ARRAY, ARRAY, ARRAY],
+        lambda M, C, N, E: (M + 1, E, M * C, N * C, E),
+    ),
+    # N, C, M, E, rowptr_t, col_t, perm, value, g, x, grad_x, grad_value
+    "spmm_grads": (
+        [*[SIZE] * 4, *[INDEX] * 3, *[ARRAY] * 5],
+        lambda N, C, M, E: (N + 1, E, E, E, M * C, N * C, N * C, E),
+    ),
     # M, B, F, G, S, x, weight, bias, out
-    "convolve_slots": [SIZE, SIZE, SIZE, SIZE, SIZE, ARRAYS, ARRAY, ARRAY, ARRAY],
-    # M, B, F, G, S, rowptr, col, slot, x, weight, bias, out
-    "convolve_entries": [*[SIZE] * 5, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
-    # M, B, F, G, S, x, g, index, out
-    "outer": [SIZE, SIZE, SIZE, SIZE, SIZE, ARRAYS, ARRAYS, ARRAY, ARRAY],
+    "convolve_slots": (
+        [*[SIZE] * 5, ARRAYS, ARRAY, MAYBE_ARRAY, ARRAY],
+        lambda M, B, F, G, S: (M * B * F, S * F * G, G, M * B * G),
+    ),
+    # M, B, F, G, S, N, E, rowptr, col, slot, x, weight, bias, out
+    "convolve_entries": (
+        [*[SIZE] * 7, *[INDEX] * 3, ARRAY, ARRAY, MAYBE_ARRAY, ARRAY],
+        lambda M, B, F, G, S, N, E: (M + 1, E, E, N * B * F, S * F * G, G, M * B * G),
+    ),
+    # M, B, F, G, S, N, x, g, index, out
+    "outer": (
+        [*[SIZE] * 6, ARRAYS, ARRAYS, MAYBE_INDEX, ARRAY],
+        lambda M, B, F, G, S, N: (N * B * F, M * B * G, M * S, S * F * G),
+    ),
     # M, N, c, k, K, query, key, last_query, last_key, candidates, angle, index, score, searched
-    "topk": [*[SIZE] * 5, *[ARRAY] * 9],
+    "topk": (
+        [*[SIZE] * 5, *[ARRAY] * 4, INDEX32, DOUBLE, INDEX, ARRAY, INDEX],
+        lambda M, N, c, k, K: (M * c, N * c, M * c, N * c, M * K, M, M * k, M * k, 2),
+    ),
     # M, k, P, score, prior, scale, share, weight
-    "attention": [SIZE, SIZE, SIZE, ARRAY, ARRAY, NUMBER, NUMBER, ARRAY],
+    "attention": (
+        [SIZE, SIZE, SIZE, ARRAY, ARRAY, NUMBER, NUMBER, ARRAY],
+        lambda M, k, P: (M * k, M * P, M * (k + P)),
+    ),
     # M, N, c, k, P, query, key, index, score, prior, scale, share, grad, rowptr_t, col_t, perm,
     # grad_query, grad_key, grad_scalars
-    "attention_backward": [*[SIZE] * 5, *[ARRAY] * 5, NUMBER, NUMBER, *[ARRAY] * 7],
+    "attention_backward": (
+        [*[SIZE] * 5, ARRAY, ARRAY, INDEX, ARRAY, ARRAY, NUMBER, NUMBER, ARRAY, *[INDEX] * 3]
+        + [ARRAY] * 3,
+        lambda M, N, c, k, P: (
+            *(M * c, N * c, M * (k + P), M * k, M * P, M * (k + P)),
+            *(N + 1, M * (k + P), M * (k + P), M * c, N * c, 2),
+        ),
+    ),
 }
-UNTYPED = {
-    # M, N, rowptr, col, rowptr_t, col_t, perm
-    "transpose_pattern": [SIZE, SIZE, ARRAY, ARRAY, ARRAY, ARRAY, ARRAY],
+UNTYPED: dict[str, Signature] = {
+    # M, N, E, rowptr, col, rowptr_t, col_t, perm
+    "transpose_pattern": (
+        [SIZE, SIZE, SIZE, *[INDEX] * 5],
+        lambda M, N, E: (M + 1, E, N + 1, E, E),
+    ),
 }
-ARGUMENTS = UNTYPED | {
-    f"{name}_{dtype}": types for name, types in TYPED.items() for dtype in DTYPES.values()
+
+
+def _of_type(kinds: list[Kind], dtype: torch.dtype | None) -> list[Kind]:
+    arrays = (c_void_p, POINTER(c_void_p))
+    return [k._replace(dtype=k.dtype or dtype) if k.ctype in arrays else k for k in kinds]
+
+
+# The same by the name in the library, with the number of sizes.
+FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
+    full: (_of_type(kinds, dtype), kinds.count(SIZE), numels)
+    for table, dtypes in ((UNTYPED, {None: ""}), (TYPED, {t: f"_{n}" for t, n in DTYPES.items()}))
+    for name, (kinds, numels) in table.items()
+    for dtype, suffix in dtypes.items()
+    for full in [name + suffix]
 }
 
 
@@ -66,9 +133,9 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         return None
     if library is None or not hasattr(library, f"pyg_attnpool_{VERSION}"):
         return None
-    for name, types in ARGUMENTS.items():
+    for name, (kinds, *_) in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = types, None
+        function.argtypes, function.restype = [kind.ctype for kind in kinds], c_int64
     return library
 
 
@@ -122,16 +189,45 @@ def workspace(size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
-    r"""Calls a function of the library. The caller holds the tensors until it returns."""
-    getattr(library, name)(*(_converted(arg) for arg in args))
+    r"""Calls a function of the library. The caller holds the tensors until it returns.
+
+    Raises:
+        ValueError: If an array is not of the size and type that the function takes, or an index
+            points outside of the array that it is for.
+    """
+    kinds, num_sizes, numels = FUNCTIONS[name]
+    sizes = args[:num_sizes]
+    expected = iter(numels(*sizes))
+    converted: list[Any] = list(sizes)
+    for arg, kind in zip(args[num_sizes:], kinds[num_sizes:], strict=True):
+        if kind.dtype is None:  # a number
+            converted.append(arg)
+            continue
+        numel = next(expected)
+        if arg is None and kind.optional:
+            converted.append(None)
+        elif isinstance(arg, list):
+            addresses = [_address(name, tensor, kind.dtype, numel) for tensor in arg]
+            converted.append((c_void_p * len(arg))(*addresses))
+        else:
+            converted.append(_address(name, arg, kind.dtype, numel))
+    if getattr(library, name)(*converted) != 0:
+        raise ValueError(
+            f"Expected indices within the rows that they point to, and row pointers that ascend to "
+            f"the number of entries (got others in '{name}' with arrays of {numels(*sizes)})"
+        )
 
 
-def _converted(arg: Tensor | list[Tensor] | int | float | None) -> Any:
-    if isinstance(arg, Tensor):
-        return arg.data_ptr()
-    if isinstance(arg, list):
-        return (c_void_p * len(arg))(*(tensor.data_ptr() for tensor in arg))
-    return arg
+def _address(name: str, tensor: Any, dtype: torch.dtype, numel: int) -> int:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"Expected a tensor in '{name}' (got {type(tensor).__name__})")
+    whole = tensor.dtype == dtype and tensor.numel() == numel and tensor.is_contiguous()
+    if not whole or not tensor.is_cpu:
+        raise ValueError(
+            f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
+            f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
+        )
+    return tensor.data_ptr()
 
 
 def spmm(
@@ -146,8 +242,8 @@ def spmm(
     r""":math:`\textrm{scale} \cdot \mathbf{A} \mathbf{x} - \textrm{minus}` for the CSR matrix
     :math:`\mathbf{A}`, whose values :obj:`perm` puts in their order, and rows :obj:`[N, C]`."""
     out = x.new_empty(rowptr.numel() - 1, x.size(1))
-    pattern = rowptr, col, perm, value
-    call(f"spmm_{DTYPES[x.dtype]}", *out.shape, *pattern, x, scale, minus, out)
+    sizes = *out.shape, x.size(0), col.numel()
+    call(f"spmm_{DTYPES[x.dtype]}", *sizes, rowptr, col, perm, value, x, scale, minus, out)
     return out
 
 
@@ -155,7 +251,7 @@ def terms(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, K: int) -> list
     r"""The Chebyshev terms :math:`T_0(\mathbf{A}) \mathbf{x}` to
     :math:`T_{K-1}(\mathbf{A}) \mathbf{x}` of rows :obj:`[N, B, F]`, in the workspace."""
     out = workspace((K - 1, *x.shape), x.dtype)
-    sizes = (x.size(0), x[0].numel(), K)
+    sizes = (x.size(0), x.size(1) * x.size(2), K, col.numel())
     call(f"terms_{DTYPES[x.dtype]}", *sizes, rowptr, col, value, x, out)
     return [x, *out]
 
@@ -163,7 +259,7 @@ def terms(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, K: int) -> list
 def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""The dot products of rows of :obj:`a` and :obj:`b` at the entries of a CSR pattern."""
     out = a.new_empty(col.numel())
-    call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, rowptr, col, a, b, out)
+    call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, b.size(0), col.numel(), rowptr, col, a, b, out)
     return out
 
 
@@ -173,14 +269,15 @@ def spmm_grads(
     r"""The gradients of :obj:`x` and :obj:`value` from that of their product, given its transposed
     pattern."""
     out = torch.empty_like(x), torch.empty_like(value)
-    call(f"spmm_grads_{DTYPES[x.dtype]}", *x.shape, rowptr_t, col_t, perm, value, g, x, *out)
+    sizes = *x.shape, g.size(0), col_t.numel()
+    call(f"spmm_grads_{DTYPES[x.dtype]}", *sizes, rowptr_t, col_t, perm, value, g, x, *out)
     return out
 
 
 def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> tuple[Tensor, Tensor, Tensor]:
     r"""The transposed CSR pattern and the entry that each of its entries came from."""
     out = rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
-    call("transpose_pattern", rowptr.numel() - 1, num_cols, rowptr, col, *out)
+    call("transpose_pattern", rowptr.numel() - 1, num_cols, col.numel(), rowptr, col, *out)
     return out
 
 
@@ -190,6 +287,7 @@ def convolve_slots(x: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tens
     (num_nodes, batch, _), (slots, F, G) = x[0].shape, weight.shape
     out = weight.new_empty(num_nodes, batch, G)
     name = f"convolve_slots_{DTYPES[out.dtype]}"
+    _one_per_slot(slots, x)
     call(name, num_nodes, batch, F, G, slots, x, weight, bias, out)
     return out
 
@@ -202,7 +300,8 @@ def convolve_entries(
     slots, F, G = weight.shape
     out = x.new_empty(rowptr.numel() - 1, x.size(1), G)
     name = f"convolve_entries_{DTYPES[x.dtype]}"
-    call(name, *out.shape[:2], F, G, slots, rowptr, col, slot, x, weight, bias, out)
+    sizes = *out.shape[:2], F, G, slots, x.size(0), col.numel()
+    call(name, *sizes, rowptr, col, slot, x, weight, bias, out)
     return out
 
 
@@ -210,10 +309,17 @@ def outer(x: list[Tensor], g: list[Tensor], index: Tensor | None = None) -> Tens
     r""":math:`\mathbf{x}_s^{\top} \mathbf{g}_s` summed over vertices and samples, :obj:`[S, F, G]`,
     for rows :obj:`[N, B, F]` and :obj:`[M, B, G]` of every slot. With :obj:`index` :obj:`[M, S]`,
     row :obj:`index[i, s]` of the former meets row :obj:`i` of the latter; -1 meets none."""
-    (_, batch, F), (num_nodes, _, G) = x[0].shape, g[0].shape
+    (num_rows, batch, F), (num_nodes, _, G) = x[0].shape, g[0].shape
     out = g[0].new_empty(len(x), F, G)
-    call(f"outer_{DTYPES[out.dtype]}", num_nodes, batch, F, G, len(x), x, g, index, out)
+    _one_per_slot(len(x), g)
+    sizes = num_nodes, batch, F, G, len(x), num_rows
+    call(f"outer_{DTYPES[out.dtype]}", *sizes, x, g, index, out)
     return out
+
+
+def _one_per_slot(slots: int, rows: list[Tensor]) -> None:
+    if len(rows) != slots:
+        raise ValueError(f"Expected rows for {slots} slots (got {len(rows)})")
 
 
 def topk(
@@ -239,7 +345,7 @@ def topk(
 
 def attention(score: Tensor, prior: Tensor, scale: float, share: float) -> Tensor:
     r"""Weights :obj:`[M, k + P]` from the cosines :obj:`[M, k]` of the learned slots and the
-    weights :obj:`[M, P]` of the prior's. A :obj:`scale` of zero divides the former by their sum,
+    weights :obj:`[M, P]` of the prior's. A negative :obj:`scale` divides the former by their sum,
     another is the :math:`\beta` of their softmax; :obj:`share` is what the learned slots count."""
     (num_query, k), slots = score.shape, prior.size(1)
     weight = score.new_empty(num_query, k + slots)

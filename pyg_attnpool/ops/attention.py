@@ -108,7 +108,7 @@ def _(*inputs: Any) -> Tensor:
 
 
 def _scalars(log_beta: Tensor | None, share: Tensor | None) -> tuple[float, float]:
-    scale = 0.0 if log_beta is None else log_beta.exp().item()
+    scale = -1.0 if log_beta is None else log_beta.exp().item()
     return scale, 1.0 if share is None else share.item()
 
 

@@ -195,38 +195,79 @@ def declared():
     for path in sorted((PACKAGE / "csrc").glob("*.cpp")):
         source = path.read_text().replace("\\\n", "\n")
         for macro in re.findall(r"#define FUNCTIONS\(T\)(.*?)\n\n", source, re.DOTALL):
-            for name, args in re.findall(r"void (\w+)_##T\((.*?)\)\s*{", macro, re.DOTALL):
+            for name, args in re.findall(r"int64_t (\w+)_##T\((.*?)\)\s*{", macro, re.DOTALL):
                 functions[name] = [arg.strip() for arg in args.split(",")]
         for block in re.findall(r'extern "C" {(.*)}', source, re.DOTALL):
-            for name, args in re.findall(r"void (\w+)\(([^)]+)\) {", block):
+            for name, args in re.findall(r"int64_t (\w+)\(([^)]+)\) {", block):
                 functions[name] = [arg.strip() for arg in args.split(",")]
     return functions
 
 
 def test_argument_types_are_those_of_the_sources():
-    def ctype(argument):
-        if argument.startswith("const T* const*"):
-            return _cpu.ARRAYS
-        if "*" in argument:
-            return _cpu.ARRAY
-        return {"int64_t": _cpu.SIZE, "double": _cpu.NUMBER}[argument.split()[0]]
+    def kind(argument):
+        words = argument.replace("const ", "").split()
+        arrays = {"T*": _cpu.ARRAY, "int64_t*": _cpu.INDEX, "int32_t*": _cpu.INDEX32}
+        arrays |= {"double*": _cpu.DOUBLE, "int64_t": _cpu.SIZE, "double": _cpu.NUMBER}
+        return _cpu.ARRAYS if words[1] == "const*" else arrays[words[0]]
 
     functions = declared()
     assert len(functions) > 8
     assert functions.keys() == _cpu.TYPED.keys() | _cpu.UNTYPED.keys()
-    for name, types in (_cpu.TYPED | _cpu.UNTYPED).items():
-        assert types == [ctype(argument) for argument in functions[name]], name
+    for name, (kinds, numels) in (_cpu.TYPED | _cpu.UNTYPED).items():
+        required = [each._replace(optional=False) for each in kinds]
+        assert required == [kind(argument) for argument in functions[name]], name
+        num_sizes = kinds.count(_cpu.SIZE)
+        assert kinds[:num_sizes] == [_cpu.SIZE] * num_sizes  # sizes come first
+        num_arrays = len(kinds) - num_sizes - kinds.count(_cpu.NUMBER)
+        assert len(numels(*range(2, 2 + num_sizes))) == num_arrays, name
 
 
 @needs_library
 def test_argument_types_are_set_before_the_first_call():
-    for name, types in _cpu.ARGUMENTS.items():
+    for name, (kinds, *_) in _cpu.FUNCTIONS.items():
         function = getattr(_cpu.library, name)
-        assert function.argtypes == types and function.restype is None
+        assert function.argtypes == [kind.ctype for kind in kinds]
+        assert function.restype == ctypes.c_int64
+    whole = torch.zeros(2, dtype=torch.long), torch.zeros(0, dtype=torch.long)
+    outs = torch.zeros(3, dtype=torch.long), whole[1], whole[1]
+    _cpu.call("transpose_pattern", 1, 2, 0, *whole, *outs)
     with pytest.raises(ctypes.ArgumentError):
-        _cpu.call("transpose_pattern", 1.5, 2, None, None, None, None, None)
+        _cpu.call("transpose_pattern", 1.0, 2, 0, *whole, *outs)
+    with pytest.raises(ValueError):
+        _cpu.call("transpose_pattern", 1, 2, 0, *whole, *outs[:2])
     with pytest.raises(TypeError):
-        _cpu.call("transpose_pattern", 1, 2)
+        _cpu.call("transpose_pattern", 1, 2, 0, None, whole[1], *outs)
+
+
+@needs_library
+def test_arrays_of_another_kind_are_not_handed_over():
+    rowptr, col = torch.tensor([0, 1, 2]), torch.tensor([1, 0])
+    value, x, out = torch.ones(2), torch.ones(2, 3), torch.ones(2, 3)
+
+    def call(**others):
+        arrays = {"rowptr": rowptr, "col": col, "perm": None, "value": value, "x": x, **others}
+        _cpu.call("spmm_float", 2, 3, 2, 2, *arrays.values(), 1.0, None, out)
+
+    call()
+    assert out.tolist() == x.tolist()
+    for others in (
+        {"x": x.double()},
+        {"x": x[:1]},
+        {"x": x.t()},
+        {"x": x.to("meta")},
+        {"value": value[:1]},
+        {"col": col.int()},
+        {"col": col.repeat_interleave(2)[::2]},
+        {"rowptr": rowptr[:2]},
+        {"perm": col[:1]},
+    ):
+        with pytest.raises(ValueError, match="Expected a contiguous array of"):
+            call(**others)
+    for name, bad in [("col", [1, 2]), ("col", [-1, 0]), ("col", [2**40, 0]), ("perm", [0, 2])] + [
+        ("rowptr", ptr) for ptr in ([0, 2**40, 2], [0, -1, 2], [1, 1, 2], [0, 2, 1], [0, 1, 1])
+    ]:
+        with pytest.raises(ValueError, match="Expected indices within the rows"):
+            call(**{name: torch.tensor(bad)})
 
 
 def test_version_is_that_of_the_sources():
