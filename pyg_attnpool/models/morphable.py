@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
 from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.compiled import compiled_decoder
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.freeze import freeze
@@ -215,11 +216,18 @@ class MorphableModel(Module):
     def decode(self, z: Tensor) -> Tensor:
         r"""Latent codes :obj:`[B, latent_channels]` to meshes :obj:`[B, N, C]` in metres.
 
+        A frozen model on the CPU decodes in one compiled call where no gradient is asked for
+        (:obj:`with torch.no_grad()`), several times faster for single meshes.
+
         Raises:
             TypeError: If the codes are no floating point tensor or array.
             ValueError: If their shape does not fit.
         """
         z = self._checked("latent codes", z, self.latent_mean.shape)
+        if not torch.is_grad_enabled() and _has_values(z):
+            compiled = compiled_decoder(self)
+            if compiled is not None:
+                return compiled(z)
         return self.autoencoder.decode(z) * self.std + self.mean
 
     def forward(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 4  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+VERSION = 5  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -123,6 +123,15 @@ FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
 }
 
 
+class Step(ctypes.Structure):
+    r"""One step of a decoder, as csrc/decoder.cpp has it."""
+
+    _fields_ = (
+        *((name, c_int64) for name in ("kind", "rows", "in_", "out", "slots", "activation")),
+        *((name, c_void_p) for name in ("rowptr", "col", "value", "weight", "bias")),
+    )
+
+
 def open_library(path: Path) -> ctypes.CDLL | None:
     r"""Loads one build. :obj:`None` if it is incomplete, of another system or of another version
     of the sources, which would be called with wrong arguments."""
@@ -136,6 +145,8 @@ def open_library(path: Path) -> ctypes.CDLL | None:
     for name, (kinds, *_) in FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes, function.restype = [kind.ctype for kind in kinds], c_int64
+    library.decode.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
+    library.decode.restype, library.decoder_width.restype = None, c_int64
     return library
 
 

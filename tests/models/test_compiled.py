@@ -1,0 +1,201 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from pyg_attnpool import MeshHierarchy, MorphableModel
+from pyg_attnpool.models import MeshAutoencoder
+from pyg_attnpool.models.compiled import CompiledDecoder, compiled_decoder
+from pyg_attnpool.models.plan import (
+    Activation,
+    Affine,
+    Chebyshev,
+    Gather,
+    Linear,
+    Spiral,
+    Sum,
+    decoder_plan,
+    run_plan,
+)
+from pyg_attnpool.ops import _cpu
+from tests.mesh.meshes import blob
+
+pytestmark = pytest.mark.skipif(not _cpu.AVAILABLE, reason="there is no compiled library")
+
+BUILDS = sorted(_cpu.Path(_cpu.__file__).parent.glob("_cpu_*.so"), key=str)
+
+
+@pytest.fixture(params=BUILDS, ids=lambda path: path.name.split(".")[0])
+def library(request, monkeypatch):
+    r"""Every build that this processor runs, whose vectors have other widths."""
+    flags = {"avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}
+    name = request.param.name.split(".")[0].removeprefix("_cpu_")
+    if torch.backends.cpu.get_cpu_capability() not in flags.get(
+        name, ("DEFAULT", "AVX2", "AVX512")
+    ):
+        pytest.skip(f"this processor has no {name}")
+    monkeypatch.setattr(_cpu, "library", _cpu.open_library(request.param))
+
+
+@pytest.fixture(scope="module")
+def hierarchy():
+    return MeshHierarchy.from_template(blob(2, seed=0), factors=[3, 3])
+
+
+def matrix(rows, cols, rng):
+    import scipy.sparse
+
+    return scipy.sparse.random(rows, cols, 0.3, "csr", random_state=rng)
+
+
+@pytest.mark.parametrize("channels", [1, 3, 8, 16, 21, 40])
+@pytest.mark.parametrize("rows", [1, 7, 8, 19])
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_every_step_equals_its_formula(library, rows, channels, activation):
+    rng = np.random.default_rng(rows * channels)
+
+    def normal(*size):
+        return rng.normal(size=size)
+
+    laplacian = matrix(rows, rows, rng)
+    spirals = rng.integers(-1, rows, size=(rows, 5))
+    path = [
+        Linear(normal(4, channels, 3), normal(4, channels)),
+        Activation(activation),
+        Gather(matrix(rows, 4, rng)),
+        Chebyshev(laplacian, normal(4, channels, channels + 1), normal(channels + 1)),
+        Activation(activation),
+        Spiral(spirals, normal(5, channels + 1, 5), normal(5)),
+        Activation(activation),
+        Chebyshev(laplacian, normal(1, 5, 3), normal(3)),
+    ]
+    straight = [Linear(normal(rows, 3, 3), normal(rows, 3))]
+    affine = Affine(normal(rows, 3), normal(rows, 3))
+    z = torch.randn(5, 3)
+    for plan in ([*path, affine], [*straight, affine], [Sum([straight, path]), affine]):
+        expected = torch.from_numpy(run_plan(plan, z.numpy()))
+        out = CompiledDecoder(plan)(z)
+        assert_close(out.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+        assert torch.equal(CompiledDecoder(plan)(z[3:4]), out[3:4])
+
+
+def test_elu_is_exact_to_rounding_everywhere(library):
+    x = torch.cat([-torch.logspace(-9, 3, 700), torch.zeros(1), torch.logspace(-9, 3, 323)])
+    plan = [Linear(np.zeros((1024, 1, 1)), x.double().numpy()[:, None]), Activation("elu")]
+    plan += [Affine(np.ones((1024, 1)), np.zeros((1024, 1)))]
+    out = CompiledDecoder(plan)(torch.zeros(1, 1)).flatten()
+    expected = torch.nn.functional.elu(x.double())
+    assert_close(out.double(), expected, rtol=3e-7, atol=1e-7)
+    nan = CompiledDecoder([Linear(np.full((1024, 1, 1), np.nan), plan[0].bias), *plan[1:]])
+    assert nan(torch.zeros(1, 1)).isnan().all()
+
+
+def models(hierarchy):
+    small = {"channels": (5, 7), "latent_channels": 3}
+    vertices, faces = hierarchy.vertices[0], hierarchy.faces[0]
+    pca = MorphableModel.pca((vertices, faces), 3).fit(torch.randn(9, len(vertices), 3))
+    cheb = MeshAutoencoder(hierarchy, conv_kwargs={"K": 3}, down="attention", **small)
+    spiral = MeshAutoencoder(hierarchy, conv="spiral", activation="elu", up="variant", **small)
+    for model in (pca, MorphableModel(cheb), MorphableModel(spiral)):
+        model.set_statistics(torch.randn_like(model.mean), torch.rand_like(model.std) + 0.5)
+        yield model.freeze()
+
+
+def models_by_name(hierarchy):
+    return dict(zip(("pca", "cheb", "spiral"), models(hierarchy), strict=True))
+
+
+@pytest.mark.parametrize("name", ["pca", "cheb", "spiral"])
+def test_a_frozen_model_decodes_as_its_layers_do(library, hierarchy, name):
+    model = models_by_name(hierarchy)[name]
+    for batch_size in (0, 1, 17):
+        z = torch.randn(batch_size, 3)
+        expected = model.decode(z)  # with gradients: by the layers
+        assert expected.requires_grad or name == "pca"
+        with torch.no_grad():
+            assert compiled_decoder(model) is not None
+            out = model.decode(z)
+        assert not out.requires_grad
+        assert_close(out, expected.detach(), rtol=0, atol=3e-6 * model.mean.abs().max().item())
+
+
+def change_in_place(model):
+    with torch.no_grad():
+        model.autoencoder.out_conv.lins[0].weight += 1
+
+
+def change_by_loading(model):
+    state = {
+        name: t + 0.5 if t.is_floating_point() else t for name, t in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+
+
+def change_by_assigning(model):
+    state = {
+        name: t + 0.5 if t.is_floating_point() else t for name, t in model.state_dict().items()
+    }
+    model.load_state_dict(state, assign=True)
+
+
+def change_a_layer(model):
+    model.autoencoder.out_conv = copy.deepcopy(model.autoencoder.out_conv)
+    model.autoencoder.out_conv.lins[0].weight.data.fill_(0.3)
+
+
+def change_statistics(model):
+    model.set_statistics(model.mean + 1, 2 * model.std)
+
+
+def change_by_a_hook(model):
+    model.autoencoder.out_conv.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_in_place,
+        change_by_loading,
+        change_by_assigning,
+        change_a_layer,
+        change_statistics,
+        change_by_a_hook,
+    ],
+)
+def test_a_change_is_noticed(hierarchy, change):
+    model, z = models_by_name(hierarchy)["cheb"], torch.randn(2, 3)
+    with torch.no_grad():
+        before = model.decode(z)
+    change(model)
+    expected = model.decode(z).detach()
+    assert not torch.allclose(before, expected)
+    with torch.no_grad():
+        assert_close(model.decode(z), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_copies_decode_on_their_own(hierarchy):
+    model, z = models_by_name(hierarchy)["cheb"], torch.randn(2, 3)
+    with torch.no_grad():
+        before = model.decode(z)
+        other = copy.deepcopy(model)
+        change_statistics(other)
+        assert_close(model.decode(z), before)
+        assert not torch.allclose(other.decode(z), before)
+
+
+def test_what_has_no_compiled_step_is_decoded_by_its_layers(hierarchy):
+    learning = MorphableModel(MeshAutoencoder(hierarchy, down="attention", channels=(5, 7)))
+    other = MorphableModel(MeshAutoencoder(hierarchy, conv="GCNConv", channels=(5, 7)))
+    for model in (learning, other, models_by_name(hierarchy)["cheb"].double()):
+        assert compiled_decoder(model) is None
+
+
+@pytest.mark.parametrize(
+    "z", [torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3).double(), torch.zeros(2, 3).long()]
+)
+def test_other_codes_are_refused(hierarchy, z):
+    decoder = CompiledDecoder(decoder_plan(models_by_name(hierarchy)["cheb"]))
+    with pytest.raises(ValueError, match=r"latent codes \[B, 3\]"):
+        decoder(z)
