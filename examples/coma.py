@@ -6,13 +6,11 @@ COMA faces, 8 latent channels, 300 epochs, interpolation split, mean error per v
 
     QEM 0.939 mm    learned 0.519 mm        wider: QEM 0.682 mm    learned 0.441 mm
 
-Reproduced by version 0.1.0 on AnnyFaces (4,538 vertices, 2,271 training and 319 test meshes; at 20
-frames a sequence the test part is whole sequences that training never sees), 12 epochs of one
-cycle, one core of an AMD EPYC (OMP_NUM_THREADS=1), seeds 0 to 2, all 8 latent channels alive:
+Reproduced on AnnyFaces (4,538 vertices, 2,271 training and 319 test meshes; at 20 frames a sequence
+the test part is whole sequences that training never sees), 12 epochs of one cycle, two threads on an
+Intel Xeon, seed 0, all 8 latent channels alive:
 
-    QEM 1.684 1.694 1.713 mm    learned 1.308 1.338 1.318 mm    PCA 1.600 mm
-
-and with --variant published, seed 0: QEM 1.753 mm, learned 1.551 mm.
+    QEM 1.720 mm    learned 1.308 mm    PCA 1.600 mm
 """
 
 import csv
