@@ -23,26 +23,13 @@ from pyg_attnpool.datasets.mesh_dataset import (
 from pyg_attnpool.files import digest
 from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel
-from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked, plain
+from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked
 from pyg_attnpool.training.process import seed_process
 from pyg_attnpool.training.statistics import statistics
 
 if TYPE_CHECKING:
     from pyg_attnpool.training.lightning import pl
     from pyg_attnpool.training.module import Loss, Optimizer
-
-# Arguments of the trainer which change the result, so that a run that goes on has the same.
-SCHEDULE = (
-    "precision",
-    "accumulate_grad_batches",
-    "gradient_clip_val",
-    "gradient_clip_algorithm",
-    "limit_train_batches",
-    "limit_val_batches",
-    "overfit_batches",
-    "check_val_every_n_epoch",
-    "val_check_interval",
-)
 
 
 def fit(
@@ -66,10 +53,12 @@ def fit(
     **trainer: Any,
 ) -> MorphableModel:
     r"""Trains a morphable model. It is left with the weights of its best validation error, and with
-    mean and standard deviation, in metres, and latent statistics of the training meshes.
+    mean and standard deviation, in metres, and latent statistics of the training meshes. A training
+    that fails leaves the model, and the checkpoints of an earlier run, as they were.
 
     A network with a method :obj:`fit` of its own, such as :class:`~pyg_attnpool.models.PCA`, is
-    fitted by that to all training meshes; the other arguments do not matter to it.
+    fitted by that to all training meshes; the arguments of a trainer do not matter to it, and
+    Lightning need not be installed.
 
     Args:
         model (MorphableModel): The model.
@@ -92,15 +81,18 @@ def fit(
         loss (callable, optional): Takes output and target :obj:`[B, N, C]`, standardised, to a
             scalar. If :obj:`None`, the L1 loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, such as
-            :func:`~pyg_attnpool.training.rigid_motion`. (default: :obj:`None`)
+            :func:`~pyg_attnpool.training.rigid_motion`. What it draws from the global generators of
+            Python, NumPy or PyTorch depends on seed, epoch and process alone.
+            (default: :obj:`None`)
         callbacks (list, optional): Callbacks of Lightning beside those of :func:`fit`.
             (default: :obj:`()`)
         logger (optional): A logger of Lightning. If :obj:`None`, a CSV file.
             (default: :obj:`None`)
-        seed (int, optional): Seed of the order of the meshes. (default: :obj:`0`)
+        seed (int, optional): Seed of the order of the meshes and of augmentation.
+            (default: :obj:`0`)
         resume (bool, optional): Go on from :obj:`last.ckpt` where there is one, to the result of
-            a run that was never interrupted. All other arguments must be the same, but for more
-            epochs where the schedule allows. (default: :obj:`False`)
+            a run that was never interrupted. The model, the meshes and all other arguments must be
+            the same, but for more epochs where the schedule allows. (default: :obj:`False`)
         compile (bool, optional): As in :class:`~pyg_attnpool.training.MeshTraining`.
             (default: :obj:`None`)
         freeze (bool, optional): If set to :obj:`True`, the model is frozen at the end.
@@ -113,9 +105,19 @@ def fit(
         The model.
 
     Raises:
+        ImportError: If a network is to be trained and the extra :obj:`train` is missing.
         TypeError: If an argument is of a wrong type or unknown to the trainer.
         ValueError: If meshes do not fit the model, a checkpoint is damaged or of another run,
             another training writes to the folder, or the loss is no longer finite.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyg_attnpool.models import MorphableModel
+        >>> template = np.eye(4, 3), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+        >>> meshes = torch.randn(20, 4, 3)
+        >>> model = fit(MorphableModel.pca(template, latent_channels=2), meshes)
+        >>> model.summary["meshes"]
+        20
     """
     start = time.perf_counter()
     if not isinstance(model, MorphableModel):
@@ -145,21 +147,20 @@ def fit(
     from pyg_attnpool.training.data import MeshData
     from pyg_attnpool.training.lightning import pl
     from pyg_attnpool.training.module import MeshTraining
-    from pyg_attnpool.training.run import make_trainer, run
+    from pyg_attnpool.training.run import make_trainer, run, schedule
 
     settings = {
         "model": architecture(model.autoencoder),
         "epochs": epochs,
         "batch_size": batch_size,
         "meshes": {"training": len(train), "validation": len(val)},
-        **{name: plain(trainer.get(name)) for name in SCHEDULE},
     }
     module = MeshTraining(model, optimizer, lr, loss, transform, settings, seed, compile)
     data = MeshData(train, val, batch_size, seed)
     with tempfile.TemporaryDirectory() as temporary, pl.utilities.seed.isolate_rng():
         folder = Path(temporary if output is None else output)
         lightning = make_trainer(folder, epochs, callbacks, logger, trainer)
-        module.settings["processes"] = lightning.world_size
+        module.settings.update(schedule(lightning))
         # Every argument is known to be good. The first process of a training holds its lock.
         first = lightning.is_global_zero
         with locked(folder) if first else nullcontext(), _as_it_was_on_errors(model):

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,8 @@ def _is_setting(value: Any) -> bool:
 def plain(value: Any) -> Any:
     r"""A setting as numbers, strings, lists and dictionaries of them; of functions and classes
     their name."""
+    if isinstance(value, Enum):
+        value = value.value
     if value is None or isinstance(value, str | bool | int | float):
         return value
     if isinstance(value, Mapping):

@@ -16,7 +16,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pyg_attnpool.training.data import MeshData
-from pyg_attnpool.training.folder import BEST, LAST, load_checkpoint, save_checkpoint
+from pyg_attnpool.training.folder import BEST, LAST, load_checkpoint, plain, save_checkpoint
 from pyg_attnpool.training.lightning import pl
 from pyg_attnpool.training.module import MeshTraining
 from pyg_attnpool.training.process import keep_freed_memory
@@ -29,6 +29,20 @@ OWN = (
     "default_root_dir",
     "fast_dev_run",
     "barebones",
+)
+
+# What the result depends on, beside what `fit` tells it.
+SCHEDULE = (
+    "precision",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "limit_val_batches",
+    "overfit_batches",
+    "check_val_every_n_epoch",
+    "val_check_interval",
 )
 
 
@@ -58,6 +72,12 @@ def make_trainer(
     refused = [name for name in OWN if name in arguments]
     if refused:
         raise TypeError(f"Expected other arguments of the trainer (got {refused}, which fit sets)")
+    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
+        value = arguments.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise TypeError(f"Expected an integer '{name}' (got {value!r})")
+        if value is not None and value < (name != "log_every_n_steps"):
+            raise ValueError(f"Expected a positive '{name}' (got {value})")
     plugins = arguments.get("plugins") or []
     plugins = [*plugins] if isinstance(plugins, list | tuple) else [plugins]
     arguments = {
@@ -89,8 +109,10 @@ def make_trainer(
             default_root_dir=folder,
             **arguments,
         )
-    except (MisconfigurationException, RuntimeError, ImportError, AttributeError) as e:
-        raise ValueError(f"Expected arguments of the trainer that fit (got: {e})") from e
+    except (TypeError, AttributeError) as e:
+        raise TypeError(f"Expected arguments that Lightning's trainer takes (got: {e})") from e
+    except (MisconfigurationException, ValueError, RuntimeError) as e:
+        raise ValueError(f"Expected arguments that Lightning's trainer takes (got: {e})") from e
     every = trainer.check_val_every_n_epoch or 1
     if every > epochs:
         raise ValueError(
@@ -100,6 +122,12 @@ def make_trainer(
         if getattr(trainer, name) == 0:
             raise ValueError(f"Expected meshes to train on and to validate (got {name}=0)")
     return trainer
+
+
+def schedule(trainer: pl.Trainer) -> dict[str, Any]:
+    r"""The settings of a trainer which the result depends on."""
+    found = {name: plain(getattr(trainer, name)) for name in SCHEDULE}
+    return {**found, "processes": trainer.world_size}
 
 
 def run(

@@ -1,4 +1,5 @@
 import ctypes
+import random
 import re
 import subprocess
 import sys
@@ -169,6 +170,38 @@ def test_a_random_augmentation_resumes_to_the_same_bits(tmp_path, hierarchy, mon
         run(hierarchy, tmp_path / "killed", **kwargs)
     torch.manual_seed(123)
     assert equal(run(hierarchy, tmp_path / "killed", resume=True, **kwargs), whole)
+
+
+def test_augmentation_depends_on_seed_and_epoch_alone(tmp_path, hierarchy):
+    # Of any generator, whatever was drawn before, in one run or two.
+    def drawn(output, *epochs, seed=0, **kwargs):
+        seen = []
+
+        def transform(x):
+            seen.append((random.random(), np.random.rand(), torch.rand(1).item()))
+            return x
+
+        for number in epochs:
+            torch.rand(number), np.random.rand(number), random.random()
+            run(hierarchy, output, epochs=number, seed=seed, transform=transform, **kwargs)
+        return seen
+
+    whole = drawn(tmp_path / "whole", 2, optimizer="sgd")
+    assert len(whole) == len(set(whole)) == 10
+    assert drawn(tmp_path / "parts", 1, 2, optimizer="sgd", resume=True) == whole
+    assert not set(drawn(tmp_path / "other", 1, seed=1)) & set(whole)
+
+
+def test_a_training_leaves_the_global_generators_as_they_were(tmp_path, hierarchy):
+    untrained = model(hierarchy)
+
+    def draw(fit):
+        torch.manual_seed(3), np.random.seed(3), random.seed(3)
+        if fit:
+            untrained.fit(meshes(20), meshes(5), epochs=1, accelerator="cpu")
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    assert draw(True) == draw(False)
 
 
 def test_an_own_loss_and_optimizer_train(tmp_path, hierarchy):
