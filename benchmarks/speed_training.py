@@ -19,7 +19,7 @@ from torch.nn import Module
 from pyg_attnpool import MeshHierarchy, freeze
 from pyg_attnpool.models import coma, neural3dmm
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.training.fit import keep_freed_memory
+from pyg_attnpool.training import keep_freed_memory
 
 MODELS = {"CoMA": coma, "Neural3DMM": neural3dmm}
 POOLS = ("qem", "attention")

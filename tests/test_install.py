@@ -24,6 +24,14 @@ pool(x).sum().backward()
 assert torch.isfinite(pool.key.grad).all()
 torch.testing.assert_close(freeze(pool)(x), pool(x))
 
+# What fits itself needs no trainer.
+from pyg_attnpool import MorphableModel
+faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+meshes = torch.randn(20, 4, 3)
+linear = MorphableModel.pca((meshes[0].numpy(), faces.numpy()), 11).fit(meshes)
+assert linear.evaluate(meshes)["mean"] < 900  # mm; of coordinates of about a metre
+assert "pytorch_lightning" not in sys.modules
+
 def sparse():
     pool.mapping().to_sparse_tensor()
 
@@ -33,7 +41,7 @@ def files():
     read_mesh("mesh.obj")
 
 def train():
-    import pyg_attnpool.training
+    from pyg_attnpool.training import MeshTraining
 
 def viz():
     import pyg_attnpool.visualize

@@ -1,7 +1,9 @@
 r"""Augmentations of a batch of meshes, as functions for :obj:`transform` of
 :func:`~pyg_attnpool.training.fit`. They draw from torch's global generator."""
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,22 +24,22 @@ def rigid_motion(angle: float = 10.0, shift: float = 0.0) -> Callable[[Tensor], 
         >>> torch.allclose(torch.pdist(y[0]), torch.pdist(x[0]), atol=1e-4)
         True
     """
-    if not (angle >= 0 and shift >= 0):
-        raise ValueError(f"Expected an 'angle' and 'shift' of at least 0 (got {angle} and {shift})")
+    _check("angle", angle)
+    _check("shift", shift)
+    return partial(_move, angle=angle, shift=shift)
 
-    def transform(x: Tensor) -> Tensor:
-        axis = torch.nn.functional.normalize(torch.randn(len(x), 3), dim=1)
-        turn = torch.deg2rad(angle * torch.rand(len(x), 1)) * axis
-        zero = torch.zeros(len(x))
-        a, b, c = turn.unbind(dim=1)
-        skew = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], dim=1).view(-1, 3, 3)
-        rotation = torch.linalg.matrix_exp(skew).to(x)
-        move = shift * torch.randn(len(x), 1, 3).to(x)
-        centre = x[..., :3].mean(dim=1, keepdim=True)
-        moved = (x[..., :3] - centre) @ rotation.mT + centre + move
-        return torch.cat([moved, x[..., 3:]], dim=-1)
 
-    return transform
+def _move(x: Tensor, angle: float, shift: float) -> Tensor:
+    axis = torch.nn.functional.normalize(torch.randn(len(x), 3), dim=1)
+    turn = torch.deg2rad(angle * torch.rand(len(x), 1)) * axis
+    zero = torch.zeros(len(x))
+    a, b, c = turn.unbind(dim=1)
+    skew = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], dim=1).view(-1, 3, 3)
+    rotation = torch.linalg.matrix_exp(skew).to(x)
+    move = shift * torch.randn(len(x), 1, 3).to(x)
+    centre = x[..., :3].mean(dim=1, keepdim=True)
+    moved = (x[..., :3] - centre) @ rotation.mT + centre + move
+    return torch.cat([moved, x[..., 3:]], dim=-1)
 
 
 def jitter(std: float = 0.001) -> Callable[[Tensor], Tensor]:
@@ -46,11 +48,15 @@ def jitter(std: float = 0.001) -> Callable[[Tensor], Tensor]:
     Args:
         std (float, optional): The standard deviation. (default: :obj:`0.001`)
     """
-    if not std >= 0:
-        raise ValueError(f"Expected an 'std' of at least 0 (got {std})")
+    _check("std", std)
+    return partial(_shake, std=std)
 
-    def transform(x: Tensor) -> Tensor:
-        noise = std * torch.randn(*x.shape[:-1], 3).to(x)
-        return torch.cat([x[..., :3] + noise, x[..., 3:]], dim=-1)
 
-    return transform
+def _shake(x: Tensor, std: float) -> Tensor:
+    noise = std * torch.randn(*x.shape[:-1], 3).to(x)
+    return torch.cat([x[..., :3] + noise, x[..., 3:]], dim=-1)
+
+
+def _check(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ValueError(f"Expected '{name}' of at least 0 (got {value!r})")

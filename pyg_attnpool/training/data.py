@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset, check_finite, check_meshes
+from pyg_attnpool.training.lightning import pl
 
 # Meshes beside each other that are read together, and how many such blocks at a time: in the order
 # of an epoch these 4,096 meshes, less than half a gigabyte, mix.

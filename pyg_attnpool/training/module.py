@@ -2,18 +2,20 @@ r"""One training step, validation and optimisers of a morphable model."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
-import torchmetrics
 from torch import Tensor
 from torch.nn.functional import l1_loss
 from torch.nn.parameter import Parameter
 
 from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.models import MorphableModel
+from pyg_attnpool.training.folder import check_settings, plain
+from pyg_attnpool.training.lightning import pl, torchmetrics
+from pyg_attnpool.training.process import seed_process
 
 # The learning rates of the optimisers that have a name.
 RATES = {"one_cycle": 3e-3, "sgd": 8e-3, "adam": 1e-3}
@@ -47,6 +49,8 @@ class MeshTraining(pl.LightningModule):
             alone. (default: :obj:`None`)
         settings (dict, optional): What else makes up a run; stored in every checkpoint, and one of
             other settings is refused. (default: :obj:`None`)
+        seed (int, optional): Seed of random augmentation, with the epoch and the number of the
+            process. (default: :obj:`0`)
         compile (bool, optional): Whether :func:`torch.compile` takes the forward and backward pass,
             on a GPU into CUDA graphs. If :obj:`None`, it does on a GPU: there a step is bound by
             the launches of its kernels, while on a CPU the layers' own operations are the faster
@@ -61,38 +65,66 @@ class MeshTraining(pl.LightningModule):
         loss: Loss | None = None,
         transform: Callable[[Tensor], Tensor] | None = None,
         settings: dict[str, Any] | None = None,
+        seed: int = 0,
         compile: bool | None = None,
     ):
         super().__init__()
-        if not callable(optimizer) and optimizer not in RATES:
+        if not callable(optimizer) and optimizer not in list(RATES):
             raise ValueError(
                 f"Expected 'optimizer' to be one of {list(RATES)} or a callable (got {optimizer!r})"
             )
         if callable(optimizer) and lr is not None:
             raise ValueError(f"Expected no 'lr' beside an optimizer of your own (got {lr})")
-        if lr is not None and not lr > 0:
+        if lr is not None and (isinstance(lr, bool) or not isinstance(lr, int | float)):
+            raise TypeError(f"Expected a number as 'lr' (got {lr!r})")
+        if lr is not None and not 0 < lr < math.inf:
             raise ValueError(f"Expected a positive 'lr' (got {lr})")
         for name, function in (("loss", loss), ("transform", transform)):
             if function is not None and not callable(function):
                 raise TypeError(f"Expected '{name}' to be callable (got {function!r})")
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                f"Expected a network with parameters to train (got "
+                f"{type(model.autoencoder).__name__} without)"
+            )
         self.model = model
         self.optimizer = optimizer
         self.lr = lr
         if isinstance(optimizer, str) and lr is None:
             self.lr = RATES[optimizer]
-        name = optimizer if isinstance(optimizer, str) else _name(optimizer)
-        self.settings = {"optimizer": name, "lr": self.lr, **(settings or {})}
         self.loss_function = l1_loss if loss is None else loss
         self.transform = transform
+        self.settings = {
+            "optimizer": plain(optimizer),
+            "lr": self.lr,
+            "loss": plain(self.loss_function),
+            "transform": plain(transform),
+            "seed": seed,
+            **(settings or {}),
+        }
+        self.data: dict[str, Any] = {}
+        r"""Hashes and statistics of the data, stored in every checkpoint."""
+        self.seed = seed
         self.val_error = torchmetrics.MeanMetric(nan_strategy="disable")
         self.compile_step = compile
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
-        self.resumed_rng: Tensor | None = None
 
     def loss(self, x: Tensor) -> Tensor:
         r"""The loss of meshes :obj:`[B, N, C]` in metres."""
         target = self.model.standardize(x)
-        return self.loss_function(self.model.autoencoder(target), target)
+        loss = self.loss_function(self.model.autoencoder(target), target)
+        if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
+            got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"Expected 'loss' to give a scalar with a gradient (got {got})")
+        return loss
+
+    def _transformed(self, x: Tensor) -> Tensor:
+        assert self.transform is not None
+        out = self.transform(x)
+        if not isinstance(out, Tensor) or out.shape != x.shape:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"Expected 'transform' to keep the shape {list(x.shape)} (got {got})")
+        return out.to(x)
 
     def on_train_start(self) -> None:
         gpu = self.device.type == "cuda"
@@ -103,7 +135,7 @@ class MeshTraining(pl.LightningModule):
 
     def training_step(self, x: Tensor, step: int) -> Tensor:
         if self.transform is not None:
-            x = self.transform(x)
+            x = self._transformed(x)
         if self.compiled_loss is None:
             loss = self.loss(x)
         else:
@@ -119,8 +151,7 @@ class MeshTraining(pl.LightningModule):
         if not torch.isfinite(value):
             raise ValueError(
                 f"Expected a finite {name} (got {value.item()} at step {self.global_step}): lower "
-                f"the learning rate {self.lr}, or check the meshes; the last good epoch is in "
-                f"{getattr(self.trainer.checkpoint_callback, 'dirpath', None)}"
+                f"the learning rate {self.lr}, or check the meshes"
             )
 
     def validation_step(self, x: Tensor, step: int) -> None:
@@ -134,7 +165,12 @@ class MeshTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if not isinstance(self.optimizer, str):
-            return self.optimizer(self.parameters())
+            own = self.optimizer(self.parameters())
+            if not isinstance(own, torch.optim.Optimizer):
+                raise TypeError(
+                    f"Expected 'optimizer' to make an optimizer (got {type(own).__name__})"
+                )
+            return own
         parameters, lr = self.parameters(), RATES[self.optimizer] if self.lr is None else self.lr
         optimizer: torch.optim.Optimizer
         if self.optimizer == "one_cycle":
@@ -153,42 +189,18 @@ class MeshTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": decay}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = self.settings
-        checkpoint["rng_state"] = torch.get_rng_state()  # of random augmentation
+        checkpoint["settings"], checkpoint["data"] = self.settings, self.data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_checkpoint(self, checkpoint)
-        self.resumed_rng = checkpoint.get("rng_state")
+        self.check_checkpoint(checkpoint)
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        r"""Raises a :class:`ValueError` if a checkpoint is of another run, and names the first
+        setting that differs. More epochs may follow where the learning rate does not depend on
+        their number."""
+        longer = self.optimizer != "one_cycle"
+        check_settings(checkpoint, self.settings, self.state_dict(), longer)
 
     def on_train_epoch_start(self) -> None:
-        # Here and not when it is loaded: what Lightning does in between draws numbers too.
-        if self.resumed_rng is not None:
-            torch.set_rng_state(self.resumed_rng)
-            self.resumed_rng = None
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "__qualname__", type(function).__qualname__)
-
-
-def check_checkpoint(module: MeshTraining, checkpoint: dict[str, Any]) -> None:
-    r"""Raises a :class:`ValueError` if a checkpoint is of another run, and names the first setting
-    that differs. More epochs may follow where the learning rate does not depend on their number.
-    """
-    stored = checkpoint.get("settings", {})
-    for name, value in module.settings.items():
-        got = stored.get(name)
-        longer = name == "epochs" and module.optimizer != "one_cycle" and (got or 0) <= value
-        if got != value and not longer:
-            raise ValueError(
-                f"Expected a checkpoint of a run with {name}={value!r} (got {got!r}): train into "
-                f"another folder, or without resuming"
-            )
-    have = {name: tuple(t.shape) for name, t in module.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in checkpoint["state_dict"].items()}
-    if have != found:
-        name = min(set(have.items()) ^ set(found.items()))[0]
-        raise ValueError(
-            f"Expected a checkpoint of this model, with '{name}' of shape {have.get(name)} "
-            f"(got {found.get(name)})"
-        )
+        # A resumed run augments as one that was never interrupted, and each process on its own.
+        seed_process(self.seed, self.current_epoch, self.global_rank)

@@ -18,7 +18,7 @@ from pyg_attnpool.training import (  # noqa: E402
     MeshTraining,
 )
 from pyg_attnpool.training import data as training  # noqa: E402
-from pyg_attnpool.training.fit import _standardization  # noqa: E402
+from pyg_attnpool.training.statistics import statistics  # noqa: E402
 from tests.mesh.meshes import icosphere  # noqa: E402
 
 
@@ -44,7 +44,7 @@ def test_statistics_in_one_pass_are_those_of_two(tmp_path, num):
     x = (1e3 + rng.normal(0, 1e-3, (num, 42, 3))).astype(np.float32)
     mean, std = x.astype(np.float64).mean(axis=0), x.astype(np.float64).std(axis=0)
     for meshes in (torch.from_numpy(x), mapped(tmp_path, x)):
-        got_mean, got_std = _standardization(meshes, True)
+        got_mean, got_std = statistics("meshes", meshes)
         np.testing.assert_allclose(got_mean.numpy(), mean, rtol=1e-7)
         moving = std > 1e-6 * np.abs(x).max(axis=0)  # others are divided by one
         expected = np.where(moving, std, 1)
@@ -55,7 +55,7 @@ def test_statistics_of_a_known_distribution(tmp_path):
     # Of 0, 1, ..., n - 1 the mean is (n - 1) / 2 and the variance (n^2 - 1) / 12.
     n = 301
     x = np.broadcast_to(np.arange(n, dtype=np.float32)[:, None, None], (n, 42, 3))
-    mean, std = _standardization(mapped(tmp_path, x), True)
+    mean, std = statistics("meshes", mapped(tmp_path, x))
     torch.testing.assert_close(mean, torch.full((42, 3), (n - 1) / 2))
     torch.testing.assert_close(std, torch.full((42, 3), ((n**2 - 1) / 12) ** 0.5))
 
@@ -176,7 +176,7 @@ def test_bad_mapped_meshes(tmp_path):
         train(tmp_path, (broken, whole), "run", epochs=1)
     with pytest.raises(ValueError, match=r"finite training meshes .* in mesh 3"):
         train(tmp_path, (broken[70:], whole), "run", epochs=1)
-    with pytest.raises(ValueError, match="finite meshes .*in mesh 73"):
+    with pytest.raises(ValueError, match="finite validation meshes .*in mesh 73"):
         train(tmp_path, (whole, broken), "run", epochs=1)
     other = MeshDataset(torch.zeros(9, 12, 3), icosphere(0))
     with pytest.raises(ValueError, match=r"training meshes of 42 vertices .*got 12"):
