@@ -24,14 +24,9 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from pyg_attnpool.datasets.mesh_dataset import (
-    MeshDataset,
-    as_meshes,
-    blocks,
-    check_finite,
-    check_meshes,
-    of_every,
-)
+from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_finite, check_meshes
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.datasets.splits import of_every
 from pyg_attnpool.files import digest, replacing
 from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel

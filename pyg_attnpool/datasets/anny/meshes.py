@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from pyg_attnpool.datasets.cache import Source, stored
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
-from pyg_attnpool.datasets.stored import Source, stored
 
 # Meshes posed at a time: all of a sequence at once would take gigabytes.
 CHUNK = 32
@@ -32,7 +32,7 @@ class AnnyMeshes(MeshDataset):
         source (callable): Returns the source of the blocks, given a folder for temporary files.
         labels (dict): As in :class:`MeshDataset`.
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
-        mapped (bool, optional): As in :meth:`~pyg_attnpool.datasets.stored.stored`.
+        mapped (bool, optional): As in :meth:`~pyg_attnpool.datasets.cache.stored`.
             (default: :obj:`True`)
 
     Raises:
