@@ -1,4 +1,4 @@
-from pyg_attnpool.datasets.align import align, looks_unaligned
+from pyg_attnpool.datasets.align import Alignment, align, looks_unaligned
 from pyg_attnpool.datasets.anny.bodies import AnnyBodies
 from pyg_attnpool.datasets.anny.faces import AnnyFaces
 from pyg_attnpool.datasets.anny.hands import AnnyHands
@@ -10,6 +10,7 @@ from pyg_attnpool.datasets.splits import Split
 from pyg_attnpool.datasets.syn_hand import SynHand
 
 __all__ = [
+    "Alignment",
     "AnnyBodies",
     "AnnyFaces",
     "AnnyHands",
