@@ -18,7 +18,7 @@ from numpy import ndarray
 from templates import blob
 
 from pyg_attnpool.datasets import MeshDataset
-from pyg_attnpool.datasets.stored import stored
+from pyg_attnpool.datasets.cache import stored
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models import MorphableModel
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyg_attnpool.datasets.mesh_dataset import as_meshes, blocks, check_meshes
+from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel

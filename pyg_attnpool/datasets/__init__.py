@@ -1,14 +1,16 @@
-from pyg_attnpool.datasets.align import align, looks_unaligned
+from pyg_attnpool.datasets.align import Alignment, align, looks_unaligned
 from pyg_attnpool.datasets.anny.bodies import AnnyBodies
 from pyg_attnpool.datasets.anny.faces import AnnyFaces
 from pyg_attnpool.datasets.anny.hands import AnnyHands
 from pyg_attnpool.datasets.coma import CoMA
 from pyg_attnpool.datasets.dynamic_faust import DynamicFAUST
-from pyg_attnpool.datasets.mesh_dataset import MeshDataset, Split
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.registered_meshes import RegisteredMeshes
+from pyg_attnpool.datasets.splits import Split
 from pyg_attnpool.datasets.syn_hand import SynHand
 
 __all__ = [
+    "Alignment",
     "AnnyBodies",
     "AnnyFaces",
     "AnnyHands",

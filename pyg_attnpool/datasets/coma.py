@@ -2,16 +2,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile
+from zipfile import ZipFile
 
 import torch
 from numpy import ndarray
 
+from pyg_attnpool.datasets.cache import load
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
-from pyg_attnpool.datasets.registered_meshes import GENERATOR, MeshFiles
-from pyg_attnpool.datasets.stored import load
+from pyg_attnpool.datasets.sources import GENERATOR, MeshFiles
+from pyg_attnpool.files import damage_named
 
 URL = "https://coma.is.tue.mpg.de"
+
+LABELS = ("name", "subject", "expression", "frame")
 
 EXPRESSIONS = (
     "bareteeth",
@@ -61,13 +64,13 @@ class CoMA(MeshDataset):
         if files is not None:
             arrays: dict[str, ndarray] | None = files.stored(path)
         else:
-            arrays = load(path, {"generator": GENERATOR})
+            arrays = load(path, {"generator": GENERATOR}, LABELS)
         if arrays is None:
             raise FileNotFoundError(
                 f"Expected the COMA data set in {root} (got none): ask for it at {URL} and put "
                 f"'COMA_data.zip' into {root / 'raw'}"
             )
-        labels = {key: arrays[key].tolist() for key in ("name", "subject", "expression", "frame")}
+        labels = {key: arrays[key].tolist() for key in LABELS}
         vertices = torch.from_numpy(arrays["vertices"])
         super().__init__(
             vertices, (arrays["template"], arrays["faces"]), labels, str(root), transform
@@ -86,11 +89,8 @@ def _files(root: Path) -> MeshFiles | None:
     archive = root / "raw" / "COMA_data.zip"
     if not archive.exists():
         return None
-    try:
-        with ZipFile(archive) as file:
-            names = [name.split("/") for name in file.namelist()]
-    except BadZipFile as e:
-        raise ValueError(f"Expected a whole archive in {archive} (got: {e})") from e
+    with damage_named(archive, "a whole archive"), ZipFile(archive) as file:
+        names = [name.split("/") for name in file.namelist()]
     names = sorted(
         name
         for name in names

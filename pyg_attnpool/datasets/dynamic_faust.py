@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,16 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from pyg_attnpool.datasets.mesh_dataset import MeshDataset, Split
-from pyg_attnpool.datasets.stored import load, stored
+from pyg_attnpool.datasets.cache import load, stored
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.datasets.splits import Split
+from pyg_attnpool.files import damage_named
 
 # Part of every stored file: raised with every change of how meshes are read.
 GENERATOR = 1
 
 URL = "https://dfaust.is.tue.mpg.de"
+LABELS = ("name", "subject", "expression", "frame")
 FILES = ("registrations_m.hdf5", "registrations_f.hdf5")
 
 
@@ -70,14 +74,14 @@ class DynamicFAUST(MeshDataset):
                 path, settings, lambda: _Registrations(files), "Reading Dynamic FAUST"
             )
         else:
-            arrays = load(path, {"generator": GENERATOR})
+            arrays = load(path, {"generator": GENERATOR}, LABELS)
         if arrays is None:
             raise FileNotFoundError(
                 f"Expected registrations of Dynamic FAUST at {' and '.join(missing)} (got no such "
                 f"file): ask for them at {URL} and put them there"
             )
         self.test_names = None if test_list is None else _read_list(Path(test_list).expanduser())
-        labels = {key: arrays[key].tolist() for key in ("name", "subject", "expression", "frame")}
+        labels = {key: arrays[key].tolist() for key in LABELS}
         vertices = torch.from_numpy(arrays["vertices"])
         super().__init__(
             vertices, (arrays["template"], arrays["faces"]), labels, str(root), transform
@@ -99,7 +103,7 @@ class DynamicFAUST(MeshDataset):
 def _read_list(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"Expected the names of test meshes at {path} (got no such file)")
-    return path.read_text().split()
+    return path.read_text(encoding="utf-8").split()
 
 
 class _Registrations:
@@ -141,11 +145,8 @@ class _Registrations:
 
     def _sequence(self, name: str) -> ndarray:
         path = self.file[name]
-        with _opened(path) as file:
-            try:
-                vertices = file[name][()].astype(np.float32)
-            except OSError as e:
-                raise ValueError(f"Expected a whole sequence {name} in {path} (got: {e})") from e
+        with _opened(path) as file, damage_named(path, f"a whole sequence {name}"):
+            vertices = file[name][()].astype(np.float32)
         if vertices.shape != (self.num_vertices, 3, self.lengths[name]):
             raise ValueError(
                 f"Expected {name} of shape [{self.num_vertices}, 3, frames] in {path} "
@@ -160,14 +161,13 @@ class _Registrations:
         return vertices.transpose(2, 0, 1)
 
 
-def _opened(path: Path) -> Any:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         import h5py
     except ImportError as e:
         raise ImportError(
             "Reading Dynamic FAUST requires 'h5py': install it with `pip install \"h5py>=3.10\"`"
         ) from e
-    try:
-        return h5py.File(path, "r")
-    except OSError as e:
-        raise ValueError(f"Expected a whole HDF5 file in {path} (got: {e})") from e
+    with damage_named(path, "a whole HDF5 file"), h5py.File(path, "r") as file:
+        yield file

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,15 +9,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch_geometric.data import Data, Dataset
 
-KINDS = ("interpolation", "extrapolation", "identity", "sequence", "independent", "listed")
-
-
-class Split(NamedTuple):
-    r"""Indices of the meshes of each part, each sorted."""
-
-    train: Tensor
-    val: Tensor
-    test: Tensor
+from pyg_attnpool.datasets.splits import Split, split_meshes
 
 
 class MeshDataset(Dataset):
@@ -34,8 +26,20 @@ class MeshDataset(Dataset):
         labels (dict, optional): For each known one of :obj:`"name"`, :obj:`"subject"`,
             :obj:`"expression"` and :obj:`"frame"`, one value per mesh. (default: :obj:`None`)
         root (str, optional): The folder of stored files. (default: :obj:`None`)
-        transform (callable, optional): Applied to a :class:`~torch_geometric.data.Data` object at
-            every access. (default: :obj:`None`)
+        transform (callable, optional): Takes a :class:`~torch_geometric.data.Data` object with
+            coordinates :obj:`pos`, faces :obj:`face`, further features :obj:`x` and the labels to
+            another one: once at every access by :obj:`dataset[i]` or :meth:`read`. It may write to
+            what it is given. :attr:`vertices` are without it. (default: :obj:`None`)
+
+    Example:
+        >>> dataset = MeshDataset(torch.rand(30, 3, 3), (np.eye(3), np.array([[0, 1, 2]])))
+        >>> [len(part) for part in dataset.split()]
+        [23, 3, 4]
+        >>> dataset[0]
+        Data(pos=[3, 3], face=[3, 1])
+
+    Raises:
+        TypeError: If :obj:`transform` cannot be called.
     """
 
     unit = "m"
@@ -52,6 +56,8 @@ class MeshDataset(Dataset):
         root: str | None = None,
         transform: Callable | None = None,
     ):
+        if transform is not None and not callable(transform):
+            raise TypeError(f"Expected a callable 'transform' (got {type(transform).__name__})")
         super().__init__(root, transform)
         self.template = template
         self._vertices = vertices
@@ -66,22 +72,30 @@ class MeshDataset(Dataset):
 
     @property
     def vertices_shape(self) -> list[int]:
-        r"""The shape :obj:`[M, N, C]` of :attr:`vertices`, of which none is read."""
-        return [len(self), *self._vertices.shape[1:]]
+        r"""The shape :obj:`[M, N, C]` of all meshes as :meth:`read` gives them."""
+        if self.transform is None or len(self) == 0:
+            return [len(self), *self._vertices.shape[1:]]
+        return [len(self), *self.read(torch.tensor([0])).shape[1:]]
 
     def read(self, index: Tensor) -> Tensor:
         r"""Some meshes as a tensor :obj:`[B, N, C]` in metres, in memory, each through
-        :obj:`transform`."""
-        indices = self.indices()
-        x = self._vertices[[indices[i] for i in index.tolist()]]
-        if self.transform is None:
-            return x
-        return torch.stack([self._transformed(mesh) for mesh in x])
+        :obj:`transform`.
 
-    def _transformed(self, mesh: Tensor) -> Tensor:
-        features = mesh[:, 3:] if mesh.size(1) > 3 else None
-        data = self.transform(Data(pos=mesh[:, :3], face=self._face, x=features))
-        return data.pos if data.x is None else torch.cat([data.pos, data.x], dim=-1)
+        Raises:
+            TypeError: If :obj:`transform` returns something else than a
+                :class:`~torch_geometric.data.Data` object.
+            ValueError: If it makes one mesh another shape than the others.
+        """
+        if self.transform is None:
+            indices = self.indices()
+            return self._vertices[[indices[i] for i in index.tolist()]]
+        meshes = [self[i] for i in index.tolist()]
+        for data in meshes:
+            if not isinstance(data, Data):
+                raise TypeError(
+                    f"Expected a 'transform' that returns Data (got {type(data).__name__})"
+                )
+        return stacked(meshes).to(self._vertices)
 
     @property
     def pos(self) -> Tensor:
@@ -122,9 +136,11 @@ class MeshDataset(Dataset):
 
     def get(self, idx: int) -> Data:
         labels = {key: values[idx] for key, values in self._labels.items()}
-        mesh = self._vertices[idx]
+        mesh, face = self._vertices[idx], self._face
+        if self.transform is not None:
+            mesh, face = mesh.clone(), face.clone()
         further = {"x": mesh[:, 3:]} if mesh.size(1) > 3 else {}
-        return Data(pos=mesh[:, :3], face=self._face, **further, **labels)
+        return Data(pos=mesh[:, :3], face=face, **further, **labels)
 
     def split(
         self,
@@ -167,166 +183,43 @@ class MeshDataset(Dataset):
             ValueError: If the kind, expression, subject or a name is unknown, or a part would be
                 empty.
         """
-        kind = self.default_split if kind is None else kind
-        if kind not in KINDS:
-            raise ValueError(f"Expected 'kind' to be one of {', '.join(KINDS)} (got {kind!r})")
-        if kind != "extrapolation" and expression is not None:
-            raise ValueError(f"Expected no 'expression' for kind={kind!r} (got {expression!r})")
-        if kind != "identity" and subject is not None:
-            raise ValueError(f"Expected no 'subject' for kind={kind!r} (got {subject!r})")
-        if kind != "listed" and names is not None:
-            raise ValueError(f"Expected no 'names' for kind={kind!r} (got {len(names)})")
-
-        if kind == "interpolation":
-            is_test, is_val = of_every(100, len(self), 11, 10)
-        elif kind == "sequence":
-            sequence = self._sequences()
-            parts = of_every(10, int(sequence.max()) + 1, 1, 1)
-            is_test, is_val = (part[sequence] for part in parts)
-        else:
-            if kind == "extrapolation":
-                is_test = self._held_out("expression", expression)
-            elif kind == "identity":
-                is_test = self._held_out("subject", subject)
-            elif kind == "independent":
-                (is_test,) = of_every(100, len(self), 10)
-            else:
-                is_test = self._listed(names)
-            rest = (~is_test).nonzero().flatten()
-            is_val = torch.zeros_like(is_test)
-            is_val[rest[of_every(100, len(rest), 10)[0]]] = True
-        index = torch.arange(len(self))
-        split = Split(index[~is_test & ~is_val], index[is_val], index[is_test])
-        if any(len(part) == 0 for part in split):
-            raise ValueError(
-                f"Expected enough meshes for three parts (got {len(self)}, that is "
-                f"{len(split.train)} for training, {len(split.val)} for validation and "
-                f"{len(split.test)} for test)"
-            )
-        return split
-
-    def _listed(self, names: Sequence[str] | None) -> Tensor:
-        known = self.name
-        if known is None or names is None:
-            raise ValueError("Expected meshes with known 'name', and 'names' of some (got none)")
-        unknown = set(names).difference(known)
-        if unknown:
-            raise ValueError(
-                f"Expected 'names' of meshes such as {known[0]!r} (got {min(unknown)!r} and "
-                f"{len(unknown) - 1} other unknown ones)"
-            )
-        test = set(names)
-        return torch.tensor([name in test for name in known])
-
-    def _sequences(self) -> Tensor:
-        # The number of the sequence of every mesh, in sorted order.
-        if self.subject is None or self.expression is None:
-            raise ValueError("Expected meshes with known 'subject' and 'expression' (got none)")
-        sequences = list(zip(self.subject, self.expression, strict=True))
-        place = {sequence: i for i, sequence in enumerate(sorted(set(sequences)))}
-        return torch.tensor([place[sequence] for sequence in sequences])
-
-    def _held_out(self, key: str, value: str | None) -> Tensor:
-        labels = self._label(key)
-        if labels is None:
-            raise ValueError(f"Expected meshes with known '{key}' (got none)")
-        if value not in labels:
-            raise ValueError(f"Expected '{key}' to be one of {sorted(set(labels))} (got {value!r})")
-        return torch.tensor([label == value for label in labels])
+        return split_meshes(
+            self.default_split if kind is None else kind,
+            len(self),
+            {key: self._label(key) for key in ("name", "subject", "expression")},
+            expression,
+            subject,
+            names,
+        )
 
 
-def of_every(size: int, num: int, *counts: int) -> list[Tensor]:
-    r"""The first :obj:`count` of every block of a size, the next count and so on, as masks. Less
-    than one block is a block in proportion: the rule would leave it all to the first parts."""
-    block = max(min(num, size), 1)
-    place = torch.arange(num) % block
-    masks, end = [], 0
-    for count in counts:
-        start, end = end, end - (-count * block // size)
-        masks.append((place >= start) & (place < end))
-    return masks
-
-
-def as_meshes(meshes: Any) -> Tensor | MeshDataset:
-    r"""Meshes in any form as one tensor :obj:`[M, N, C]` of single precision, or as the data set
-    that they are.
-
-    Args:
-        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Floating point meshes
-            :obj:`[M, N, C]`, or :class:`~torch_geometric.data.Data` objects of the same vertices
-            and faces, with coordinates :obj:`pos` and further features :obj:`x`.
+def stacked(meshes: Sequence[Data]) -> Tensor:
+    r"""Meshes of the same vertices and faces as one tensor :obj:`[M, N, C]`: coordinates, then
+    further features.
 
     Raises:
-        TypeError: If they are in another form, or not floating point.
-        ValueError: If a :class:`~torch_geometric.data.Data` object differs from the first.
+        ValueError: If a mesh differs from the first.
     """
-    if isinstance(meshes, MeshDataset):
-        return meshes
-    if isinstance(meshes, ndarray):
-        meshes = torch.from_numpy(np.ascontiguousarray(meshes))
-    if isinstance(meshes, list | tuple) and meshes and all(isinstance(m, Data) for m in meshes):
-        meshes = torch.stack([_features(i, data, meshes[0]) for i, data in enumerate(meshes)])
-    if not isinstance(meshes, Tensor):
-        raise TypeError(
-            f"Expected meshes as a tensor, an array, a MeshDataset or a list of Data "
-            f"(got {type(meshes).__name__})"
-        )
-    if not meshes.is_floating_point():
-        raise TypeError(f"Expected floating point meshes (got {meshes.dtype})")
-    return meshes.float()
+    return torch.stack([_features(i, data, meshes[0]) for i, data in enumerate(meshes)])
 
 
 def _features(i: int, data: Data, first: Data) -> Tensor:
-    if data.pos is None or data.pos.shape != first.pos.shape:
-        got = None if data.pos is None else list(data.pos.shape)
+    if first.pos is None or data.pos is None or data.pos.shape != first.pos.shape:
+        expected, got = (None if p is None else list(p.shape) for p in (first.pos, data.pos))
         raise ValueError(
-            f"Expected 'pos' of shape {list(first.pos.shape)} in every mesh (got {got} in mesh {i})"
+            f"Expected 'pos' of shape {expected or '[N, 3]'} in every mesh (got {got} in mesh {i})"
         )
     faces = data.face, first.face
     if (faces[0] is None) != (faces[1] is None) or (
         faces[0] is not None and not torch.equal(*faces)
     ):
         raise ValueError(f"Expected the faces of the first mesh in every one (got others in {i})")
-    return data.pos if data.x is None else torch.cat([data.pos, data.x.to(data.pos)], dim=-1)
-
-
-def check_meshes(
-    name: str,
-    x: Tensor | MeshDataset,
-    num_vertices: int | None = None,
-    in_channels: int | None = None,
-) -> None:
-    r"""Checks the shape of meshes and that they are finite; those of a data set are checked when
-    they are read.
-
-    Raises:
-        ValueError: If the meshes are not of shape :obj:`[M, N, C]`, or not finite.
-    """
-    shape = list(x.vertices_shape if isinstance(x, MeshDataset) else x.shape)
-    if len(shape) != 3 or shape[2] < 3 or 0 in shape:
-        raise ValueError(f"Expected {name} of shape [M, N, 3] (got {shape})")
-    if num_vertices not in (None, shape[1]):
+    if data.x is None:
+        return data.pos
+    shape = [len(data.pos), first.x.size(-1)] if first.x is not None else None
+    if list(data.x.shape) != shape:
         raise ValueError(
-            f"Expected {name} of {num_vertices} vertices as the template has (got {shape[1]})"
+            f"Expected further features 'x' of shape {shape} in every mesh "
+            f"(got {list(data.x.shape)} in mesh {i})"
         )
-    if in_channels not in (None, shape[2]):
-        raise ValueError(
-            f"Expected {name} of {in_channels} features a vertex as the model has (got {shape[2]})"
-        )
-    if isinstance(x, Tensor):
-        check_finite(name, x, torch.arange(len(x)))
-
-
-def check_finite(name: str, x: Tensor, index: Tensor) -> Tensor:
-    r"""Meshes that are all finite; :obj:`index` are their numbers for the message."""
-    finite = torch.isfinite(x).flatten(1).all(dim=1).cpu()
-    if not finite.all():
-        first = int(index[~finite].min())
-        raise ValueError(f"Expected finite {name} (got NaN or infinity in mesh {first})")
-    return x
-
-
-def blocks(x: Tensor | MeshDataset, size: int) -> Iterator[Tensor]:
-    r"""Meshes in blocks of a size, in order."""
-    for index in torch.arange(len(x)).split(size):
-        yield x.read(index) if isinstance(x, MeshDataset) else x[index[0] : index[-1] + 1]
+    return torch.cat([data.pos, data.x.to(data.pos)], dim=-1)

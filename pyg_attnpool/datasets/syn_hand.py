@@ -13,7 +13,8 @@ class SynHand(RegisteredMeshes):
     and Shape by Learning from Synthetic Depth" <https://arxiv.org/abs/1808.09208>`_ paper, which
     the experiments call SYNHAND: 100,000 of its meshes of 1,193 vertices. They are given as a
     folder of mesh files or an array, as in :class:`RegisteredMeshes`. Every mesh is drawn for
-    itself, so :meth:`split` keeps the first 10 of every 100 for test unless told otherwise.
+    itself, so :meth:`split` keeps the first 10 of every 100 for test unless told otherwise. Files
+    are in the plain order of their names, as in the data set.
 
     Args:
         root (str or Path): As in :class:`RegisteredMeshes`: a folder of mesh files, or an array of
@@ -30,6 +31,7 @@ class SynHand(RegisteredMeshes):
     """
 
     default_split = "independent"
+    sorts_naturally = False
 
     def __init__(
         self,

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import warnings
-import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from pyg_attnpool.files import digest, replacing
+from pyg_attnpool.files import digest, read_arrays, replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
 from pyg_attnpool.mesh.io import check_mesh, edges, read_mesh
@@ -200,16 +198,13 @@ class MeshHierarchy:
             FileNotFoundError: If there is no such file.
             ValueError: If the file is of another version, damaged, or something else.
         """
+        arrays = read_arrays(path, "a whole mesh hierarchy")
         try:
-            with np.load(path, allow_pickle=False) as file:
-                arrays = dict(file)
             version = int(arrays.pop("version"))
             source, stored = str(arrays.pop("source")), str(arrays.pop("hash"))
-        except FileNotFoundError:
-            raise
         except KeyError as e:
             raise ValueError(f"Expected a mesh hierarchy in {path} (got a file without {e})") from e
-        except (OSError, EOFError, TypeError, ValueError, zipfile.BadZipFile, zlib.error) as e:
+        except (TypeError, ValueError) as e:
             raise ValueError(f"Expected a whole mesh hierarchy in {path} (got: {e})") from e
         if version != VERSION:
             raise ValueError(

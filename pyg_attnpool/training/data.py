@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyg_attnpool.datasets.mesh_dataset import MeshDataset, check_finite, check_meshes
+from pyg_attnpool.datasets.inputs import check_finite, check_meshes
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.training.lightning import pl
 
 # Meshes beside each other that are read together, and how many such blocks at a time: in the order

@@ -13,13 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyg_attnpool.datasets.mesh_dataset import (
-    MeshDataset,
-    as_meshes,
-    blocks,
-    check_meshes,
-    of_every,
-)
+from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.datasets.splits import of_every
 from pyg_attnpool.files import digest
 from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel

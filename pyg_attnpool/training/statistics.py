@@ -3,7 +3,8 @@ r"""Mean and standard deviation of meshes, by which they are standardised and re
 import torch
 from torch import Tensor
 
-from pyg_attnpool.datasets.mesh_dataset import MeshDataset, blocks, check_finite
+from pyg_attnpool.datasets.inputs import blocks, check_finite
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 
 BLOCK = 64  # meshes in memory at a time
 

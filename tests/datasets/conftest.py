@@ -2,7 +2,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from pyg_attnpool.datasets.anny import bodies, meshes
+from pyg_attnpool.datasets.anny import bodies, model
 
 
 def once(function):
@@ -20,15 +20,15 @@ def once(function):
 @pytest.fixture(scope="session")
 def loaded_once(tmp_path_factory):
     # Reading Anny's files takes ten seconds; the data sets made in tests read them once.
-    load, cache = meshes.load_anny, tmp_path_factory.mktemp("anny")
+    load, cache = model.load_anny, tmp_path_factory.mktemp("anny")
 
     @once
     def load_once(**options):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(meshes.tempfile, "TemporaryDirectory", lambda **_: nullcontext(cache))
+            patch.setattr(model.tempfile, "TemporaryDirectory", lambda **_: nullcontext(cache))
             return load(cache, "", **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meshes, "load_anny", lambda folder, name, **options: load_once(**options))
+        patch.setattr(model, "load_anny", lambda folder, name, **options: load_once(**options))
         patch.setattr(bodies, "decimate", once(bodies.decimate))
         yield

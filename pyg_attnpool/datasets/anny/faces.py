@@ -1,18 +1,15 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.datasets.anny.meshes import (
-    AnnyMeshes,
-    AnnyModel,
-    sequence_labels,
-    smoothstep,
-)
+from pyg_attnpool.datasets.anny.meshes import AnnySequences, smoothstep
+from pyg_attnpool.datasets.anny.model import AnnyModel
+from pyg_attnpool.datasets.cache import Source
 
 # Part of every stored file: raised with every change of the meshes made here.
 GENERATOR = 1
@@ -100,7 +97,7 @@ EXPRESSIONS = {
 }
 
 
-class AnnyFaces(AnnyMeshes):
+class AnnyFaces(AnnySequences):
     r"""Faces of 12 subjects in 12 extreme expressions, laid out as the COMA data set is: every
     expression is a smooth sequence from neutral to its peak and back. They are made on this
     computer, from the `Anny <https://arxiv.org/abs/2511.03589>`_ model of the package :obj:`anny`
@@ -126,24 +123,15 @@ class AnnyFaces(AnnyMeshes):
         ValueError: If :obj:`frames` is not positive or :obj:`seed` negative.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        frames: int = 20,
-        seed: int = 0,
-        transform: Callable | None = None,
-    ):
-        super().__init__(
-            root,
-            "anny_faces",
-            GENERATOR,
-            {"frames": frames},
-            seed,
-            lambda folder: _Faces(folder, frames, seed),
-            sequence_labels([f"{s:02d}" for s in range(NUM_SUBJECTS)], list(EXPRESSIONS), frames),
-            transform,
-            mapped=False,
-        )
+    kind = "faces"
+    generator = GENERATOR
+    mapped = False
+    subjects = tuple(f"{s:02d}" for s in range(NUM_SUBJECTS))
+    expressions = tuple(EXPRESSIONS)
+
+    @staticmethod
+    def source(folder: Path, number: int, seed: int) -> Source:
+        return _Faces(folder, number, seed)
 
 
 class _Faces:

@@ -8,7 +8,9 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from pyg_attnpool.datasets.anny.meshes import CHUNK, AnnyMeshes, AnnyModel
+from pyg_attnpool.datasets.anny.meshes import AnnyMeshes
+from pyg_attnpool.datasets.anny.model import CHUNK, AnnyModel
+from pyg_attnpool.datasets.cache import Source
 
 # Part of every stored file: raised with every change of the meshes made here.
 GENERATOR = 1
@@ -80,6 +82,8 @@ class AnnyHands(AnnyMeshes):
         ValueError: If :obj:`meshes` is not positive or :obj:`seed` negative.
     """
 
+    kind = "hands"
+    generator = GENERATOR
     default_split = "independent"
 
     def __init__(
@@ -89,16 +93,11 @@ class AnnyHands(AnnyMeshes):
         seed: int = 0,
         transform: Callable | None = None,
     ):
-        super().__init__(
-            root,
-            "anny_hands",
-            GENERATOR,
-            {"meshes": meshes},
-            seed,
-            lambda folder: _Hands(folder, meshes, seed),
-            {},
-            transform,
-        )
+        super().__init__(root, {"meshes": meshes}, seed, {}, transform)
+
+    @staticmethod
+    def source(folder: Path, number: int, seed: int) -> Source:
+        return _Hands(folder, number, seed)
 
 
 class _Hands:

@@ -7,7 +7,7 @@ import torch
 
 from pyg_attnpool.datasets import AnnyBodies
 from pyg_attnpool.datasets.anny import bodies as anny_bodies
-from pyg_attnpool.datasets.anny.bodies import CENTER, LIMB, LIMITS, MOTIONS, REST, draw_motion
+from pyg_attnpool.datasets.anny.motions import CENTER, LIMB, LIMITS, MOTIONS, REST, draw_motion
 from pyg_attnpool.mesh.io import check_mesh
 
 pytest.importorskip("anny")

@@ -9,11 +9,11 @@ import torch
 
 from pyg_attnpool.datasets import AnnyFaces
 from pyg_attnpool.datasets.anny import faces as anny_faces
-from pyg_attnpool.datasets.anny import meshes as anny_meshes
+from pyg_attnpool.datasets.anny import model as anny_model
 from pyg_attnpool.mesh.io import check_mesh
 
 pytest.importorskip("anny")
-LOAD_ANNY = anny_meshes.load_anny
+LOAD_ANNY = anny_model.load_anny
 FRAMES = 3  # a sixth of the way, the peak, a sixth before the end
 EXPRESSIONS = [
     "bareteeth",
@@ -115,7 +115,7 @@ def test_expressions_move_what_they_are_named_after(faces, moved):
 
 
 def test_every_action_is_known_to_anny(loaded_once, tmp_path):
-    head = anny_meshes.load_anny(tmp_path, "", **anny_faces.RIG)
+    head = anny_model.load_anny(tmp_path, "", **anny_faces.RIG)
     known = {"jawPitch", *head.facial_action_labels}
     for side in ("Left", "Right"):
         for peak in anny_faces.EXPRESSIONS.values():
@@ -264,7 +264,7 @@ def test_made_again_if_damaged(monkeypatch, tmp_path, capsys, damage):
 def test_made_again_by_another_generator(monkeypatch, tmp_path):
     made = stub(monkeypatch)
     AnnyFaces(tmp_path, frames=2)
-    monkeypatch.setattr(anny_faces, "GENERATOR", anny_faces.GENERATOR + 1)
+    monkeypatch.setattr(AnnyFaces, "generator", AnnyFaces.generator + 1)
     AnnyFaces(tmp_path, frames=2)
     AnnyFaces(tmp_path, frames=2)
     assert made == [(2, 0), (2, 0)]
@@ -278,7 +278,7 @@ def test_nothing_is_left_of_a_build_that_fails(monkeypatch, tmp_path):
 
     cache = anny.paths.get_anny_cache_path()
     monkeypatch.setattr(anny, "Anny", fail)
-    monkeypatch.setattr(anny_meshes, "load_anny", LOAD_ANNY)
+    monkeypatch.setattr(anny_model, "load_anny", LOAD_ANNY)
     with pytest.raises(KeyboardInterrupt):
         AnnyFaces(tmp_path)
     assert list((tmp_path / "processed").iterdir()) == []
@@ -306,7 +306,7 @@ def test_files_are_read_as_anny_reads_them(name):
     turn = roma.Linear(0.1 * roma.euler_to_rotmat("X", [90], degrees=True, dtype=torch.float64))
     arguments = file, 19158, turn[None], torch.float64
     expected = anny.models.full_model.load_blend_shape(*arguments)
-    assert torch.equal(anny_meshes.load_blend_shape(*arguments), expected)
+    assert torch.equal(anny_model.load_blend_shape(*arguments), expected)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from pyg_attnpool.datasets import stored as module
-from pyg_attnpool.datasets.stored import mapped_array, stored
+from pyg_attnpool.datasets import cache as module
+from pyg_attnpool.datasets.cache import mapped_array, stored
 
 SIZES = [3, 3, 1, 4, 2]
 SETTINGS = {"generator": 1, "seed": 5}
@@ -139,12 +139,12 @@ def test_killed_twice_by_the_system(tmp_path):
             time.sleep(0.005)
         run.kill()
         run.join()
-        (partial,) = killed.iterdir()
+        (partial,) = killed.glob("*.partial.npy")
         assert size <= partial.stat().st_size < 128 + 84 * sum(SIZES)
     source = Source()
     make(killed, source)
     assert source.started[0] >= 3
-    assert content(killed) == content(whole)
+    assert content(killed) == content(whole)  # no lock is left either
 
 
 def test_one_process_makes_and_the_others_wait(tmp_path):

@@ -1,0 +1,399 @@
+r"""Registered meshes in the files that people have: a folder or an archive of mesh files, or an
+array."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import numpy as np
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from pyg_attnpool.datasets.cache import mapped_array, progress_bar, stored
+from pyg_attnpool.files import damage_named
+from pyg_attnpool.mesh.io import SUFFIXES, read_features, read_mesh
+
+# Part of every stored file: raised with every change of how meshes are read.
+GENERATOR = 3
+
+BLOCK = 64  # meshes read between two steps of the progress bar
+
+# Names that begin or end like this are of files that no one has finished, or that no one means.
+HIDDEN = (".", "~")
+TEMPORARY = (".tmp", ".temp", ".part", ".partial")
+
+
+class MeshSource:
+    r"""Meshes of one topology, block after block: a :class:`~pyg_attnpool.datasets.cache.Source`
+    that also says when its files have changed."""
+
+    channels = 3
+    path: Path
+    template: tuple[ndarray, ndarray]
+    sizes: list[int]
+    labels: dict[str, list[Any]]
+
+    def stored(self, path: Path) -> dict[str, ndarray]:
+        r"""All meshes, stored as by :meth:`~pyg_attnpool.datasets.cache.stored`. They are made
+        again when the place of the files or their content is another."""
+        known = hashlib.sha256(f"{self.path.resolve()} {self.content()}".encode())
+        for array in self.template:
+            known.update(np.ascontiguousarray(array).data)
+        settings: dict[str, int | str] = {"generator": GENERATOR, "source": known.hexdigest()}
+        return stored(path, settings, lambda: self, f"Reading {path.stem}")
+
+    def content(self) -> str:
+        r"""What changes when the meshes do."""
+        raise NotImplementedError
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        r"""As of :class:`~pyg_attnpool.datasets.cache.Source`."""
+        raise NotImplementedError
+
+    def read(self) -> Tensor:
+        r"""All meshes, in memory."""
+        raise NotImplementedError
+
+
+class MeshFiles(MeshSource):
+    r"""The files of a folder or archive as a source of meshes of one topology.
+
+    Args:
+        path (Path): A folder, or a :obj:`.zip` archive.
+        names (list): The files within, in the order of the meshes.
+        template (tuple, optional): Vertices and faces, or the first mesh. (default: :obj:`None`)
+        scale (float, optional): The unit of the files in metres. (default: :obj:`1.0`)
+        features (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`()`)
+        same_surface (bool, optional): As in :class:`RegisteredMeshes`. (default: :obj:`False`)
+
+    Raises:
+        ValueError: As of :class:`RegisteredMeshes`, also when blocks are read.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        names: list[str],
+        template: tuple[ndarray, ndarray] | None = None,
+        scale: float = 1.0,
+        features: Sequence[str] = (),
+        same_surface: bool = False,
+    ):
+        self.path, self.names, self.scale, self.features = path, names, scale, tuple(features)
+        self.same_surface = same_surface
+        self.first: Path | str = "the template"
+        if template is None:
+            with self._opened() as read:
+                template, self.first = read(names[0]), path / names[0]
+        if self.features:  # the first file tells how many channels they are
+            further = self._further(path / names[0], len(template[0]))
+            self.channels = 3 + further.shape[1]
+        self.shape, self.faces = template[0].shape, template[1]
+        self.template = scale * template[0], template[1]
+        self.sizes = _sizes(len(names))
+        self.labels = _labels(names)
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        with self._opened() as read:
+            for i in range(start * BLOCK, len(self.names), BLOCK):
+                block = [self._checked(name, *read(name)) for name in self.names[i : i + BLOCK]]
+                yield np.stack(block)
+
+    def read(self) -> Tensor:
+        r"""All meshes, in memory."""
+        vertices = torch.empty(len(self.names), self.shape[0], self.channels)
+        with progress_bar(f"Reading {self.path.name}", len(self.sizes)) as progress:
+            for part, block in zip(vertices.split(BLOCK), self.blocks(0), strict=True):
+                part.copy_(torch.from_numpy(block))
+                progress.update()
+        return vertices
+
+    def content(self) -> str:
+        if self.path.is_dir():
+            # Reading and hashing leave Python to other threads.
+            with (
+                ThreadPoolExecutor() as threads,
+                progress_bar(f"Checking {self.path.name}", len(self.names)) as progress,
+            ):
+                content = []
+                for found in threads.map(_content, [self.path / name for name in self.names]):
+                    content.append(found)
+                    progress.update()
+        else:
+            with damage_named(self.path, "a whole archive"), ZipFile(self.path) as archive:
+                members = [archive.getinfo(name) for name in self.names]
+                content = [f"{member.file_size} {member.CRC}" for member in members]
+        return repr((self.names, self.scale, self.features, self.same_surface, content))
+
+    @contextmanager
+    def _opened(self) -> Iterator[Callable[[str], tuple[ndarray, ndarray]]]:
+        if self.path.is_dir():
+            yield lambda name: read_finite(self.path / name)
+            return
+        # One file at a time is unpacked: all of them would take the disk twice.
+        with (
+            damage_named(self.path, "a whole archive"),
+            ZipFile(self.path) as archive,
+            tempfile.TemporaryDirectory() as folder,
+        ):
+
+            def read(name: str) -> tuple[ndarray, ndarray]:
+                with damage_named(self.path, f"a whole mesh {name}"):
+                    file = Path(archive.extract(name, folder))
+                    mesh = read_finite(file)
+                    file.unlink()
+                    return mesh
+
+            yield read
+
+    def _checked(self, name: str, vertices: ndarray, faces: ndarray) -> ndarray:
+        file = self.path / name
+        if vertices.shape != self.shape:
+            raise ValueError(
+                f"Expected {self.shape[0]} vertices in {file} as {self.first} has "
+                f"(got {vertices.shape[0]})"
+            )
+        if not np.array_equal(faces, self.faces):
+            same = faces.shape == self.faces.shape and np.array_equal(
+                _surface(faces), _surface(self.faces)
+            )
+            if not (same and self.same_surface):
+                what = "surface" if self.same_surface else "faces"
+                hint = ", the same surface: 'same_surface=True' takes it" if same else ""
+                raise ValueError(
+                    f"Expected the {what} of {self.first} in {file} "
+                    f"(got {_difference(faces, self.faces, self.same_surface)}{hint})"
+                )
+        coordinates = (self.scale * vertices).astype(np.float32)
+        if not self.features:
+            return coordinates
+        further = self._further(file, len(vertices))
+        if further.shape[1] != self.channels - 3:
+            raise ValueError(
+                f"Expected {self.channels - 3} channels of features in {file} as {self.first} has "
+                f"(got {further.shape[1]})"
+            )
+        return np.concatenate([coordinates, further], axis=1)
+
+    def _further(self, file: Path, num_vertices: int) -> ndarray:
+        found = read_features(file)
+        missing = [name for name in self.features if name not in found]
+        if missing:
+            raise ValueError(f"Expected features {missing} in {file} (got {list(found)})")
+        further = np.concatenate([found[name] for name in self.features], axis=1)
+        if len(further) != num_vertices or not np.isfinite(further).all():
+            raise ValueError(f"Expected finite features of {num_vertices} vertices in {file}")
+        return further.astype(np.float32)
+
+
+class MeshArray(MeshSource):
+    r"""An array of meshes beside a template, as a source.
+
+    Args:
+        path (Path): A :obj:`.npy` or :obj:`.npz` file, as in :class:`RegisteredMeshes`.
+        template (tuple, optional): Vertices and faces.
+        scale (float): The unit of the file in metres.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As of :class:`RegisteredMeshes`.
+    """
+
+    def __init__(self, path: Path, template: tuple[ndarray, ndarray] | None, scale: float):
+        self.path, self.scale = path, scale
+        self.vertices = _read_array(path)
+        if template is None:
+            raise ValueError(
+                f"Expected a 'template' with the faces of the meshes in {path} (got None)"
+            )
+        if self.vertices.size(1) != len(template[0]):
+            raise ValueError(
+                f"Expected meshes of {len(template[0])} vertices as the template has in "
+                f"{path} (got {self.vertices.size(1)})"
+            )
+        self.template = scale * template[0], template[1]
+        self.sizes = _sizes(len(self.vertices))
+        self.channels = self.vertices.size(2)
+        self.labels = {}
+
+    def blocks(self, start: int) -> Iterator[ndarray]:
+        for block in self.vertices.split(BLOCK)[start:]:
+            yield self._scaled(block.clone()).numpy()
+
+    def read(self) -> Tensor:
+        return self._scaled(self.vertices)
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        if self.scale != 1:
+            x[..., :3] *= self.scale
+        return x
+
+    def content(self) -> str:
+        return repr((self.scale, _content(self.path)))
+
+
+def mesh_names(folder: Path) -> list[str]:
+    r"""The mesh files of a folder and the folders within, but for hidden and temporary ones. Sorted
+    by folders, then names: what a file system lists first must not decide a split.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    files = [
+        f.relative_to(folder).parts
+        for f in folder.rglob("*")
+        # A link that leads nowhere is a mesh that is missing, which its reader will say.
+        if f.suffix.lower() in SUFFIXES and (f.is_file() or (f.is_symlink() and not f.is_dir()))
+    ]
+    files = [
+        parts
+        for parts in files
+        if not any(part.startswith(HIDDEN) for part in parts)
+        and not Path(parts[-1]).stem.lower().endswith(TEMPORARY)
+    ]
+    if not files:
+        raise ValueError(f"Expected mesh files ending in one of {SUFFIXES} in {folder} (got none)")
+    return ["/".join(parts) for parts in sorted(files)]
+
+
+def natural_order(name: str) -> list[tuple[tuple[str | int, ...], str]]:
+    r"""A key that sorts relative paths folder by folder, and numbers in names by their size.
+
+    Example:
+        >>> sorted(["a/frame10.obj", "a/frame9.obj", "a b/frame1.obj"], key=natural_order)
+        ['a/frame9.obj', 'a/frame10.obj', 'a b/frame1.obj']
+    """
+    # Text and numbers take turns, so that like is compared with like.
+    return [
+        (tuple(int(p) if i % 2 else p for i, p in enumerate(re.split("([0-9]+)", part))), part)
+        for part in name.split("/")
+    ]
+
+
+def read_finite(path: Path) -> tuple[ndarray, ndarray]:
+    r"""Reads a mesh file whose every coordinate is finite."""
+    vertices, faces = read_mesh(path)
+    if not np.isfinite(vertices).all():
+        raise ValueError(f"Expected finite vertices in {path} (got NaN or infinity)")
+    return vertices, faces
+
+
+def check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
+    r"""A template given as arrays, in double precision and long integers.
+
+    Raises:
+        ValueError: If its shapes or types are others, or a face has a vertex that is not there.
+    """
+    vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces)
+    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
+        raise ValueError(
+            f"Expected a 'template' of vertices [N, 3] and faces [F, 3] "
+            f"(got {list(vertices.shape)} and {list(faces.shape)})"
+        )
+    if not np.issubdtype(faces.dtype, np.integer) or not (
+        faces.size and 0 <= faces.min() and faces.max() < len(vertices)
+    ):
+        raise ValueError(
+            f"Expected 'template' faces of vertices 0 to {len(vertices) - 1} (got others)"
+        )
+    return vertices, faces.astype(np.int64)
+
+
+def _content(path: Path) -> str:
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
+def _sizes(num: int) -> list[int]:
+    return [min(BLOCK, num - i) for i in range(0, num, BLOCK)]
+
+
+def _labels(names: list[str]) -> dict[str, list]:
+    # Of subject/expression/file, what the folders say.
+    labels: dict[str, list] = {"name": names}
+    parts = [name.split("/") for name in names]
+    if all(len(p) == 3 for p in parts):
+        labels["subject"] = [p[0] for p in parts]
+        labels["expression"] = [p[1] for p in parts]
+        seen: Counter = Counter()
+        labels["frame"] = []
+        for subject, expression, _ in parts:
+            labels["frame"].append(seen[subject, expression])
+            seen[subject, expression] += 1
+    return labels
+
+
+def _surface(faces: ndarray) -> ndarray:
+    # Each face from its smallest vertex on, and faces in order: what is left has to do with the
+    # surface and its side alone.
+    first = faces.argmin(axis=1)[:, None]
+    turned = np.take_along_axis(faces, (first + np.arange(3)) % 3, axis=1)
+    return turned[np.lexsort(turned.T[::-1])]
+
+
+def _difference(faces: ndarray, expected: ndarray, same_surface: bool) -> str:
+    if len(faces) != len(expected):
+        return f"{len(faces)} instead of {len(expected)}"
+    if not same_surface:
+        i = int((faces != expected).any(axis=1).argmax())
+        return f"{faces[i].tolist()} instead of {expected[i].tolist()} at face {i}"
+    left = Counter(map(tuple, _surface(expected).tolist()))
+    i = 0
+    while left[key := tuple(_surface(faces[i : i + 1])[0].tolist())] > 0:
+        left[key] -= 1
+        i += 1
+    return f"{faces[i].tolist()} at face {i}, which it does not have"
+
+
+def _read_array(path: Path) -> Tensor:
+    if path.suffix.lower() not in (".npz", ".npy"):
+        raise ValueError(f"Expected a folder, a .npz or a .npy file (got {path})")
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected meshes at {path} (got no such file or folder)")
+    if path.suffix.lower() == ".npy":
+        array = mapped_array(path)
+    else:
+        array = _array_of_archive(path)
+    if array.ndim != 3 or array.shape[2] < 3 or array.size == 0:
+        raise ValueError(
+            f"Expected vertices of shape [M, N, 3] in {path} (got {list(array.shape)})"
+        )
+    if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
+        raise ValueError(f"Expected vertices of numbers in {path} (got {array.dtype})")
+    with np.errstate(over="ignore"):  # to infinity, which is refused below
+        vertices = torch.from_numpy(array.astype(np.float32, copy=False))
+    for i, mesh in enumerate(vertices):
+        if not torch.isfinite(mesh).all():
+            raise ValueError(
+                f"Expected finite vertices in {path} (got NaN or infinity in mesh {i})"
+            )
+    return vertices
+
+
+def _array_of_archive(path: Path) -> ndarray:
+    # Of several arrays, the one that is needed alone is read.
+    with (
+        damage_named(path, "a whole file of arrays"),
+        open(path, "rb") as file,
+        np.load(file, allow_pickle=False) as arrays,
+    ):
+        broken = arrays.zip.testzip()
+        if broken is not None:
+            raise ValueError(f"another checksum of {broken}")
+        key = arrays.files[0] if len(arrays.files) == 1 else "vertices"
+        if key not in arrays.files:
+            raise ValueError(f"Expected an array 'vertices' in {path} (got {arrays.files})")
+        return arrays[key]
