@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-
 from pyg_attnpool import AttentionUnpool, Mapping, MappingPool, MeshHierarchy
 from pyg_attnpool.datasets import RegisteredMeshes
 from pyg_attnpool.mesh import read_mesh, write_mesh

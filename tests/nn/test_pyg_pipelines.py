@@ -17,7 +17,6 @@ from pyg_attnpool import (
 )
 from tests.mesh.meshes import blob
 
-
 B, F = 4, 3
 CONVS = {
     "gcn": lambda i, o: GCNConv(i, o),
