@@ -2,6 +2,7 @@ r"""How files are written and recognised."""
 
 import hashlib
 import os
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,40 +16,89 @@ from numpy import ndarray
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     r"""Yields a temporary name beside :obj:`path`, with the same suffix; what is written there
-    takes the place of :obj:`path` when the block ends without an error."""
+    takes the place of :obj:`path` when the block ends without an error and the disk has it. After
+    an error or an interrupt, :obj:`path` is as it was and the temporary file is gone; a kill may
+    leave the latter, under a hidden name."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    target = Path(os.path.realpath(path))  # behind a link
+    if target.is_dir():
+        raise IsADirectoryError(f"Expected a file to write to (got the folder {path})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{path.stem[:40]}.{secrets.token_hex(4)}{path.suffix}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        _flush(temporary)
+        os.replace(temporary, target)
+        _flush(target.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    r"""Writes a file whole, or leaves the old one; what was written is compared first.
+
+    Raises:
+        OSError: If the disk did not take every byte.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+        if temporary.read_bytes() != content:
+            raise OSError(f"Expected {len(content)} bytes written to {path} (got others)")
 
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
     r"""Yields a temporary folder beside :obj:`path`. When the block ends without an error, it takes
     the place of :obj:`path` as a whole; until then an older folder stays as it is. That takes two
-    renames: a kill between them leaves the older folder beside :obj:`path`, under a hidden name."""
+    renames: after a kill between them, the older folder is where :meth:`whole_folder` finds it."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    older = temporary.with_name(f"{temporary.name}.old")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"Expected a folder to write to (got the file {path})")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
+    older = _older(target)
     try:
         temporary.chmod(0o755)
         yield temporary
-        if path.exists():
-            os.rename(path, older)
+        for part in [*temporary.rglob("*"), temporary]:
+            _flush(part)
+        if target.exists():
+            shutil.rmtree(older, ignore_errors=True)  # of a write that was killed at its end
+            os.rename(target, older)
         try:
-            os.rename(temporary, path)
-        except OSError:
-            if older.exists():
-                os.rename(older, path)
+            os.rename(temporary, target)
+        except BaseException:
+            if not target.exists():
+                os.rename(older, target)
             raise
+        _flush(target.parent)
+        shutil.rmtree(older, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(older, ignore_errors=True)
+
+
+def whole_folder(path: str | Path) -> Path:
+    r"""Where to read a folder that :meth:`replacing_folder` writes: :obj:`path`, or, where a write
+    was killed between its two renames, the older folder beside it."""
+    path = Path(path)
+    older = _older(Path(os.path.realpath(path)))
+    return older if older.is_dir() and not path.exists() else path
+
+
+def _older(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def _flush(path: Path) -> None:
+    # To the disk. Windows has no flush of folders, and one of files that are open for writing only.
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -7,8 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("openmesh")
-
 from pyg_attnpool import AttentionUnpool, Mapping, MappingPool, MeshHierarchy
 from pyg_attnpool.datasets import RegisteredMeshes
 from pyg_attnpool.mesh import read_mesh, write_mesh

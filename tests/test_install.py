@@ -16,7 +16,7 @@ from pyg_attnpool import AttentionPool, Mapping, freeze
 from pyg_attnpool.ops import _cpu
 assert _cpu.AVAILABLE == (shutil.which("g++") is not None), "compiled where there is a compiler"
 
-optional = "torch_sparse torch_scatter openmesh pytorch_lightning torchmetrics anny matplotlib"
+optional = "torch_sparse torch_scatter pytorch_lightning torchmetrics anny matplotlib"
 assert not {name for name in optional.split() if name in sys.modules}
 pool = AttentionPool(9, 4, channels=5)
 x = torch.randn(2, 9, 3)
@@ -35,10 +35,11 @@ assert "pytorch_lightning" not in sys.modules
 def sparse():
     pool.mapping().to_sparse_tensor()
 
-def files():
-    open("mesh.obj", "w").write("v 0 0 0\\nv 1 0 0\\nv 0 1 0\\nf 1 2 3\\n")
-    from pyg_attnpool.mesh import read_mesh
-    read_mesh("mesh.obj")
+from pyg_attnpool.mesh import read_mesh, write_mesh
+import numpy as np
+for suffix in ("obj", "ply", "off", "stl"):
+    write_mesh(f"mesh.{suffix}", np.eye(3), np.array([[0, 1, 2]]))
+    assert read_mesh(f"mesh.{suffix}")[1].tolist() == [[0, 1, 2]]
 
 def train():
     from pyg_attnpool.training import MeshTraining
@@ -59,7 +60,6 @@ def tgp():
 
 for use, package, line in [
     (sparse, "torch_sparse", "pip install torch_scatter torch_sparse --no-build-isolation"),
-    (files, "openmesh", 'pip install "pyg_attnpool[mesh]" --no-build-isolation'),
     (train, "pytorch_lightning", 'pip install "pyg_attnpool[train]"'),
     (viz, "matplotlib", 'pip install "pyg_attnpool[viz]"'),
     (data, "anny", 'pip install "pyg_attnpool[data]"'),

@@ -4,6 +4,7 @@ import numpy as np
 from numpy import ndarray
 
 CHUNK = 1 << 14  # points searched at a time
+PAIRS = 1 << 17  # of a point and a face, measured at a time
 
 
 def barycentric_mapping(
@@ -19,7 +20,30 @@ def barycentric_mapping(
     Returns:
         The vertices of the triangle that holds the closest point :obj:`[M, 3]`, and their weights
         :obj:`[M, 3]`: non-negative and summing to one.
+
+    Raises:
+        ValueError: If a shape is wrong, a coordinate is not finite, or there is no face.
+
+    Example:
+        >>> import numpy as np
+        >>> from pyg_attnpool.mesh import barycentric_mapping
+        >>> vertices = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+        >>> points = np.array([[0.25, 0.25, 3]])
+        >>> index, weight = barycentric_mapping(points, vertices, np.array([[0, 1, 2]]))
+        >>> index.tolist(), weight.tolist()
+        ([[0, 1, 2]], [[0.5, 0.25, 0.25]])
     """
+    points, vertices, faces = np.asarray(points), np.asarray(vertices), np.asarray(faces)
+    for name, array in (("points", points), ("vertices", vertices), ("faces", faces)):
+        if array.ndim != 2 or array.shape[1] != 3 or not np.isfinite(array).all():
+            raise ValueError(
+                f"Expected '{name}' of shape [*, 3] and finite (got {list(array.shape)})"
+            )
+    if len(faces) == 0 or faces.min() < 0 or faces.max() >= len(vertices):
+        raise ValueError(
+            f"Expected faces of vertices 0 to {len(vertices) - 1} (got {len(faces)} faces, "
+            f"{faces.min(initial=0)} to {faces.max(initial=0)})"
+        )
     face, weight, _ = closest_points(points, vertices, faces)
     return faces[face], weight
 
@@ -31,12 +55,14 @@ def closest_points(
     :obj:`[M, 3]` of the closest point on it, and the distance :obj:`[M]`. Of equally close faces
     the first is taken.
 
-    A face is worth looking at if the sphere around it reaches into the sphere around the point
-    that touches the closest vertex. Faces of like size share a k-d tree of their centres.
+    A face is worth measuring if its box reaches into the sphere around the point that touches the
+    closest vertex. Faces of like size share a k-d tree of their centres. Memory is that of a fixed
+    number of pairs, or of all faces for one point.
     """
     from scipy.spatial import cKDTree
 
     corners = vertices[faces]
+    low, high = corners.min(axis=1), corners.max(axis=1)
     centre = corners.mean(axis=1)
     radius = np.linalg.norm(corners - centre[:, None], axis=2).max(axis=1)
     _, octave = np.frexp(radius)
@@ -44,24 +70,32 @@ def closest_points(
     trees = [(group, cKDTree(centre[group]), radius[group].max()) for group in groups]
     used = cKDTree(vertices[np.unique(faces)])
 
-    results = []
+    face = np.empty(len(points), dtype=np.int64)
+    weight, distance = np.empty((len(points), 3)), np.empty(len(points))
     for start in range(0, len(points), CHUNK):
         chunk = points[start : start + CHUNK]
         # A little more, so that rounding leaves no face out.
         reach = used.query(chunk)[0] * (1 + 1e-9) + 1e-12 * radius.max()
-        points_hit, faces_hit = [], []
-        for group, tree, largest in trees:
-            hits = tree.query_ball_point(chunk, reach + largest)
-            count = np.fromiter(map(len, hits), dtype=np.int64, count=len(chunk))
-            points_hit.append(np.repeat(np.arange(len(chunk)), count))
-            faces_hit.append(group[np.concatenate(hits).astype(np.int64)])
-        point, face = np.concatenate(points_hit), np.concatenate(faces_hit)
-        weight, square = closest_on_triangles(chunk[point], *corners[face].swapaxes(0, 1))
-        order = np.lexsort((face, square, point))
-        best = order[np.searchsorted(point[order], np.arange(len(chunk)))]
-        results.append((face[best], weight[best], np.sqrt(square[best])))
-    found, weights, distances = zip(*results, strict=True)
-    return np.concatenate(found), np.concatenate(weights), np.concatenate(distances)
+        count = np.zeros(len(chunk), dtype=np.int64)
+        for _, tree, largest in trees:
+            count += tree.query_ball_point(chunk, reach + largest, return_length=True)
+        piece = (count.cumsum() - count) // PAIRS
+        for rows in np.split(np.arange(len(chunk)), np.flatnonzero(np.diff(piece)) + 1):
+            pairs = [
+                (np.repeat(rows, [len(h) for h in hits]), group[np.concatenate(hits).astype(int)])
+                for group, tree, largest in trees
+                for hits in [tree.query_ball_point(chunk[rows], reach[rows] + largest)]
+            ]
+            at, hit = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
+            gap = np.maximum(np.maximum(low[hit] - chunk[at], chunk[at] - high[hit]), 0)
+            near = _dot(gap, gap) <= reach[at] ** 2
+            at, hit = at[near], hit[near]
+            found, square = closest_on_triangles(chunk[at], *corners[hit].swapaxes(0, 1))
+            order = np.lexsort((hit, square, at))
+            best = order[np.searchsorted(at[order], rows)]
+            out = start + rows
+            face[out], weight[out], distance[out] = hit[best], found[best], np.sqrt(square[best])
+    return face, weight, distance
 
 
 def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:

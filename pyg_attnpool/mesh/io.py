@@ -1,74 +1,61 @@
-import os
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.files import replacing
+from pyg_attnpool.files import write_bytes
+from pyg_attnpool.mesh.formats import (
+    obj_bytes,
+    off_bytes,
+    ply_bytes,
+    read_obj,
+    read_off,
+    read_ply,
+    read_ply_elements,
+    read_stl,
+    stl_bytes,
+)
 
-SUFFIXES = (".obj", ".ply", ".off", ".stl")
+READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl}
+SUFFIXES = tuple(READERS)
+FEATURES = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}  # of PLY files
 
 
 def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
-    r"""Reads a triangle mesh through :obj:`openmesh`. Vertices keep the order of the file; polygons
-    become fans of triangles around their first vertex.
+    r"""Reads a triangle mesh. Vertices keep the order of the file and the precision of its numbers;
+    polygons become fans of triangles around their first vertex.
 
-    An STL file lists corners, not vertices: equal corners become one vertex, in the order of first
-    appearance.
+    A file is read whole or refused: every number, line and byte of it is accounted for. An STL
+    file lists corners, not vertices: equal corners become one vertex, in the order of first
+    appearance. What the faces make up is for :meth:`check_mesh` to judge and for
+    :meth:`~pyg_attnpool.mesh.repair` to mend.
+
+    Models compute in single precision, seven digits: coordinates far from the origin, as those of
+    maps are, should be moved to it before.
 
     Args:
         path (str or Path): An OBJ, PLY, OFF or STL file.
 
     Returns:
-        Vertices :obj:`[N, 3]` (float64, in the unit of the file, at the single precision that
-        openmesh reads) and faces :obj:`[F, 3]` (int64).
+        Vertices :obj:`[N, 3]` (float64, in the unit of the file) and faces :obj:`[F, 3]` (int64).
 
     Raises:
-        ImportError: If :obj:`openmesh` is not installed.
         FileNotFoundError: If there is no such file.
-        ValueError: If the format is unknown, or the file is damaged, cut off or without faces. What
-            the faces make up is for :meth:`check_mesh` to judge.
+        ValueError: If the format is unknown, or the file is damaged, cut off or without faces, or
+            has a coordinate that is not finite, a polygon of fewer than three corners or of
+            vertices that it does not have; the message names the file and the place.
     """
-    path = Path(path)
-    _check_suffix(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
-    om = _openmesh()
-    num_vertices, num_faces = _declared(path)
-    with _captured_stderr() as messages:
-        try:
-            mesh = om.read_polymesh(str(path))
-        except RuntimeError as e:
-            reason = " ".join(messages()) or e
-            raise ValueError(f"Expected a whole mesh in {path} (got: {reason})") from e
-    vertices = np.array(mesh.points(), dtype=np.float64).reshape(-1, 3)
-    polygons = np.asarray(mesh.face_vertex_indices(), dtype=np.int64)
-    polygons = polygons.reshape(mesh.n_faces(), -1) if polygons.size else np.empty((0, 3), int)
-
-    # openmesh leaves out what it cannot parse and doubles the vertices of what is not manifold.
-    num_vertices = len(vertices) if num_vertices is None else num_vertices
-    if len(vertices) < num_vertices or len(polygons) != num_faces:
-        raise ValueError(
-            f"Expected {num_vertices} vertices and {num_faces} faces in {path} as it declares (got "
-            f"{len(vertices)} and {len(polygons)}): it is cut off, or holds a number or face that "
-            f"cannot be read"
-        )
-    if len(vertices) > num_vertices:
-        polygons = np.where(polygons < 0, -1, _undouble(vertices, num_vertices)[polygons])
-        vertices = vertices[:num_vertices]
-    if len(polygons) == 0:
-        raise ValueError(f"Expected a mesh of at least one face in {path} (got none)")
-    return vertices, _fans(polygons)
+    path = _mesh_file(path)
+    with _named(path):
+        vertices, corners, counts = READERS[path.suffix.lower()](path)
+    return vertices, _fans(corners, counts)
 
 
 def read_features(path: str | Path) -> dict[str, ndarray]:
-    r"""Reads what a PLY file says of its vertices beyond their coordinates, through
-    :obj:`plyfile`.
+    r"""Reads what a PLY file says of its vertices beyond their coordinates; lists are left out.
 
     Args:
         path (str or Path): A PLY file.
@@ -78,29 +65,26 @@ def read_features(path: str | Path) -> dict[str, ndarray]:
         property :obj:`[N, 1]` by its name, as the file has them (float64).
 
     Raises:
-        ImportError: If :obj:`plyfile` is not installed.
         FileNotFoundError: If there is no such file.
         ValueError: If it is no PLY file, or damaged.
     """
-    path = Path(path)
+    path = _mesh_file(path)
     if path.suffix.lower() != ".ply":
         raise ValueError(f"Expected a PLY file to read features from (got {path.name})")
-    if not path.is_file():
-        raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
-    plyfile = _plyfile()
-    try:
-        vertex = plyfile.PlyData.read(path)["vertex"].data
-    except (plyfile.PlyParseError, KeyError, ValueError) as e:
-        raise ValueError(f"Expected a whole PLY file in {path} (got: {e})") from e
-    left = [name for name in vertex.dtype.names if name not in ("x", "y", "z")]
+    with _named(path):
+        vertex = read_ply_elements(path).get("vertex", {})
+        if not vertex:
+            raise ValueError("no vertices")
+    values = {name: v for name, v in vertex.items() if name not in "xyz" and isinstance(v, ndarray)}
     features = {}
-    for name, parts in (("color", ("red", "green", "blue")), ("normal", ("nx", "ny", "nz"))):
-        if set(parts) <= set(left):
-            columns = np.stack([vertex[part].astype(np.float64) for part in parts], axis=1)
-            integers = np.issubdtype(vertex.dtype[parts[0]], np.integer)
-            features[name] = columns / 255 if name == "color" and integers else columns
-            left = [name for name in left if name not in parts]
-    return features | {name: vertex[name].astype(np.float64)[:, None] for name in left}
+    for name, parts in FEATURES.items():
+        if set(parts) <= set(values):
+            columns = [values.pop(part) for part in parts]
+            integers = np.issubdtype(columns[0].dtype, np.integer)
+            features[name] = np.stack(columns, axis=1).astype(np.float64)
+            if name == "color" and integers:
+                features[name] /= 255
+    return features | {name: v.astype(np.float64)[:, None] for name, v in values.items()}
 
 
 def write_mesh(
@@ -109,36 +93,35 @@ def write_mesh(
     faces: ndarray,
     features: dict[str, ndarray] | None = None,
 ) -> None:
-    r"""Writes a triangle mesh at single precision, to a temporary name first.
+    r"""Writes a triangle mesh, in single precision where vertices are float32, else in double;
+    STL has single precision alone. The file is whole, or is what it was before.
 
     Args:
-        path (str or Path): An OBJ, PLY, OFF or STL file; all but OBJ are binary.
+        path (str or Path): An OBJ, PLY, OFF or STL file; PLY and STL are binary.
         vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
         faces (numpy.ndarray): Faces :obj:`[F, 3]`.
         features (dict, optional): Further values of the vertices, as :meth:`read_features` gives
             them, for PLY files alone. (default: :obj:`None`)
 
     Raises:
-        ImportError: If :obj:`openmesh`, or for features :obj:`plyfile`, is not installed.
+        OSError: If the file could not be written whole.
         ValueError: If the format is unknown or has no place for features, or the mesh is not valid
             by :meth:`check_mesh`.
     """
     path = Path(path)
     _check_suffix(path)
+    single = np.asarray(vertices).dtype.itemsize <= 4
     vertices, faces = check_mesh(vertices, faces)
-    if features and path.suffix.lower() != ".ply":
+    vertices = vertices.astype(np.float32) if single else vertices
+    suffix = path.suffix.lower()
+    if features and suffix != ".ply":
         raise ValueError(f"Expected features to a PLY file (got {path.name})")
-    with replacing(path) as temporary:
-        if features:
-            _write_features(temporary, vertices, faces, features)
-        elif path.suffix.lower() == ".obj":
-            # openmesh writes six decimals, which a mesh of millimetres in metres does not survive.
-            with open(temporary, "w") as f:
-                f.writelines("v {:.9g} {:.9g} {:.9g}\n".format(*v) for v in vertices)
-                f.writelines("f {} {} {}\n".format(*face) for face in faces + 1)
-        else:
-            om = _openmesh()
-            om.write_mesh(str(temporary), om.TriMesh(vertices, faces), binary=True)
+    if suffix == ".ply":
+        columns = dict(zip("xyz", vertices.T, strict=True))
+        content = ply_bytes(columns | _columns(features or {}, len(vertices)), faces)
+    else:
+        content = {".obj": obj_bytes, ".off": off_bytes, ".stl": stl_bytes}[suffix](vertices, faces)
+    write_bytes(path, content)
 
 
 def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
@@ -201,28 +184,24 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     return vertices, faces
 
 
-def _write_features(
-    path: Path, vertices: ndarray, faces: ndarray, features: dict[str, ndarray]
-) -> None:
-    parts = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}
-    columns = dict(zip("xyz", vertices.T, strict=True))
-    for name, values in features.items():
+def _columns(features: dict[str, ndarray], num_vertices: int) -> dict[str, ndarray]:
+    # The properties of a PLY file that features make.
+    columns: dict[str, ndarray] = {}
+    for feature, values in features.items():
         values = np.asarray(values)
-        names = parts.get(name, (name,))
-        if values.shape != (len(vertices), len(names)):
+        names = FEATURES.get(feature, (feature,))
+        if values.shape != (num_vertices, len(names)):
             raise ValueError(
-                f"Expected feature '{name}' of shape {[len(vertices), len(names)]} "
+                f"Expected feature '{feature}' of shape {[num_vertices, len(names)]} "
                 f"(got {list(values.shape)})"
             )
-        columns |= dict(zip(names, values.T, strict=True))
-    plyfile = _plyfile()
-    vertex = np.empty(len(vertices), dtype=[(name, "f4") for name in columns])
-    for name, column in columns.items():
-        vertex[name] = column
-    face = np.empty(len(faces), dtype=[("vertex_indices", "i4", (3,))])
-    face["vertex_indices"] = faces
-    elements = (plyfile.PlyElement.describe(v, n) for v, n in ((vertex, "vertex"), (face, "face")))
-    plyfile.PlyData(list(elements), byte_order="<").write(path)
+        for name, column in zip(names, values.T, strict=True):
+            if name in columns or name in "xyz" or not re.fullmatch("[!-~]+", name):
+                raise ValueError(
+                    f"Expected features of names of their own, without spaces (got {name!r})"
+                )
+            columns[name] = column
+    return columns
 
 
 def edges(faces: ndarray) -> ndarray:
@@ -276,118 +255,29 @@ def _check_suffix(path: Path) -> None:
         raise ValueError(f"Expected a file name ending in one of {SUFFIXES} (got {path.name})")
 
 
-def _plyfile() -> Any:
-    try:
-        import plyfile
-    except ImportError as e:
-        raise ImportError(
-            "Features of PLY files require 'plyfile': install it with "
-            '`pip install "pyg_attnpool[mesh]" --no-build-isolation`'
-        ) from e
-    return plyfile
-
-
-def _openmesh() -> Any:
-    try:
-        import openmesh
-    except ImportError as e:
-        raise ImportError(
-            "Mesh files require 'openmesh': install it with "
-            '`pip install "pyg_attnpool[mesh]" --no-build-isolation`'
-        ) from e
-    return openmesh
-
-
-def _declared(path: Path) -> tuple[int | None, int]:
-    # How many vertices and faces a file says it has, or lists line by line. openmesh does not
-    # notice every file that is cut off, and some make it read forever.
-    content, kind = path.read_bytes(), path.suffix.lower()[1:]
-    read = {"obj": _declared_obj, "ply": _declared_ply, "off": _declared_off, "stl": _declared_stl}
-    try:
-        return read[kind](content)
-    except (ValueError, KeyError, IndexError) as e:
-        raise ValueError(
-            f"Expected a whole {kind.upper()} file in {path} (got: {e or 'no header'})"
-        ) from e
-
-
-def _declared_obj(content: bytes) -> tuple[int, int]:
-    starts = [line.split(maxsplit=1)[:1] for line in content.splitlines()]
-    return starts.count([b"v"]), starts.count([b"f"])
-
-
-def _declared_ply(content: bytes) -> tuple[int, int]:
-    header = content[: content.index(b"end_header")].splitlines()
-    elements = [line.split() for line in header if line.startswith(b"element ")]
-    count = {name: int(number) for _, name, number in elements}
-    return count[b"vertex"], count[b"face"]
-
-
-def _declared_off(content: bytes) -> tuple[int, int]:
-    if b"BINARY" in content[:32].upper():
-        start = content.index(b"\n") + 1
-        num_vertices, num_faces, _ = np.frombuffer(content, "<u4", 3, start).tolist()
-        if len(content) < start + 12 + 12 * num_vertices + 16 * num_faces:
-            raise ValueError("cut off")
-        return num_vertices, num_faces
-    if b"#" in content:
-        raise ValueError("comments, which openmesh cannot read in this format")
-    lines = [line.split() for line in content.splitlines() if line.strip()]
-    if lines[0][-1].isdigit():  # the counts beside the keyword
-        lines.insert(1, lines[0][-3:])
-    num_vertices, num_faces = map(int, lines[1][:2])
-    last = lines[1 + num_vertices + num_faces]
-    if len(last) <= int(last[0]):
-        raise ValueError("cut off")
-    return num_vertices, num_faces
-
-
-def _declared_stl(content: bytes) -> tuple[None, int]:
-    if content.lstrip()[:5] == b"solid" and b"facet" in content[:1000]:
-        num_faces = content.count(b"endfacet")
-        if b"endsolid" not in content:
-            raise ValueError("cut off")
-    else:
-        num_faces = int(np.frombuffer(content, "<u4", 1, 80)[0])
-        if len(content) < 84 + 50 * num_faces:
-            raise ValueError("cut off")
-    return None, num_faces
-
-
-def _undouble(vertices: ndarray, num_vertices: int) -> ndarray:
-    # openmesh appends a copy of a vertex for every face that will not fit its half-edges.
-    first = {tuple(v): i for i, v in reversed(list(enumerate(vertices[:num_vertices].tolist())))}
-    copies = [first[tuple(v)] for v in vertices[num_vertices:].tolist()]
-    return np.concatenate([np.arange(num_vertices), np.array(copies, dtype=np.int64)])
-
-
-def _fans(polygons: ndarray) -> ndarray:
-    # Shorter polygons are padded with -1 at the end.
-    corners = np.stack(
-        [
-            np.stack([polygons[:, 0], polygons[:, i], polygons[:, i + 1]], axis=1)
-            for i in range(1, polygons.shape[1] - 1)
-        ],
-        axis=1,
-    ).reshape(-1, 3)
-    return corners[corners[:, 2] >= 0]
+def _mesh_file(path: str | Path) -> Path:
+    path = Path(path)
+    _check_suffix(path)
+    if path.is_dir():
+        raise ValueError(f"Expected a mesh file at {path} (got a folder)")
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a mesh file at {path} (got none)")
+    return path
 
 
 @contextmanager
-def _captured_stderr() -> Iterator[Callable[[], list[str]]]:
-    # openmesh prints its complaints from C++, one for every material of every file. Kept back,
-    # they tell why a file could not be read.
-    sys.stderr.flush()
-    with tempfile.TemporaryFile() as log:
-        saved = os.dup(2)
-        os.dup2(log.fileno(), 2)
+def _named(path: Path) -> Iterator[None]:
+    try:
+        with np.errstate(all="ignore"):  # of numbers that are refused as not finite
+            yield
+    except ValueError as e:
+        kind = path.suffix[1:].upper()
+        raise ValueError(f"Expected a whole {kind} file in {path} (got {e})") from e
 
-        def messages() -> list[str]:
-            log.seek(0)
-            return log.read().decode(errors="replace").split()
 
-        try:
-            yield messages
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
+def _fans(corners: ndarray, counts: ndarray) -> ndarray:
+    # Triangle k of a polygon has its corners 0, k + 1 and k + 2.
+    polygon = np.repeat(np.arange(len(counts)), counts - 2)
+    first = (counts.cumsum() - counts)[polygon]
+    k = np.arange(len(polygon)) - ((counts - 2).cumsum() - (counts - 2))[polygon]
+    return corners[np.stack([first, first + k + 1, first + k + 2], axis=1)]

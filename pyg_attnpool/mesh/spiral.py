@@ -208,11 +208,15 @@ def reference_vertices(
 def _references(vertices: ndarray, graph: csr_array, reference: Sequence[int] | None) -> ndarray:
     from scipy.sparse.csgraph import connected_components
 
-    given = np.array([] if reference is None else reference, dtype=np.int64).ravel()
-    if len(given) > 0 and not 0 <= given.min() <= given.max() < len(vertices):
+    given = np.asarray([] if reference is None else reference).ravel()
+    if len(given) > 0 and (
+        not np.issubdtype(given.dtype, np.integer)
+        or not 0 <= given.min() <= given.max() < len(vertices)
+    ):
         raise ValueError(
             f"Expected 'reference' vertices from 0 to {len(vertices) - 1} (got {given.tolist()})"
         )
+    given = given.astype(np.int64)
     _, component = connected_components(graph, directed=False)
     for label in np.setdiff1d(component, component[given]):
         members = np.flatnonzero(component == label)

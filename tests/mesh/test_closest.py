@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -18,9 +20,12 @@ MESHES = {
 
 
 @pytest.mark.parametrize("name", MESHES)
-@pytest.mark.parametrize("chunk", [1 << 14, 37])
-def test_closest_points_are_those_of_brute_force(monkeypatch, name, chunk):
+@pytest.mark.parametrize(
+    "chunk, pairs", [(1 << 14, 1 << 17), (37, 1 << 17), (1 << 14, 50), (37, 1)]
+)
+def test_closest_points_are_those_of_brute_force(monkeypatch, name, chunk, pairs):
     monkeypatch.setattr(closest, "CHUNK", chunk)
+    monkeypatch.setattr(closest, "PAIRS", pairs)
     vertices, faces = MESHES[name]
     points = np.random.default_rng(0).normal(size=(211, 3)) * np.ptp(vertices, axis=0) / 2
     index, weight = barycentric_mapping(points, vertices, faces)
@@ -47,3 +52,34 @@ def test_degenerate_triangle_is_its_edges():
     weight, square = closest.closest_on_triangles(np.array([[0.5, 1, 0]]), a, b, (a + b) / 2)
     np.testing.assert_allclose(weight @ np.array([0, 2, 1]), 0.5)
     np.testing.assert_allclose(square, 1)
+
+
+def test_fan_takes_little_memory():
+    # Every face of a fan is near every point.
+    n = 4000
+    angle = np.arange(n) * 2 * np.pi / n
+    vertices = np.stack([np.cos(angle), np.sin(angle), 0.1 * np.sin(5 * angle)], axis=1)
+    vertices = np.concatenate([vertices, np.zeros((1, 3))])
+    faces = np.stack([np.full(n, n), np.arange(n), np.roll(np.arange(n), -1)], axis=1)
+    points = vertices + np.random.default_rng(0).normal(size=vertices.shape) * 0.01
+    tracemalloc.start()
+    _, _, distance = closest.closest_points(points, vertices, faces)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150e6  # all pairs at once would take 4,000 times 4,000 times some 300 bytes
+    some = slice(None, None, 500)
+    expected = closest_distance(points[some], vertices, faces)
+    np.testing.assert_allclose(distance[some], expected, atol=1e-13)
+
+
+def test_bad_arguments_are_named():
+    vertices, faces = blob(1, seed=0)
+    with pytest.raises(ValueError, match="'points' of shape"):
+        barycentric_mapping(np.full((2, 3), np.nan), vertices, faces)
+    with pytest.raises(ValueError, match="'points' of shape"):
+        barycentric_mapping(vertices[0], vertices, faces)
+    with pytest.raises(ValueError, match=r"0 to 41 .got 1 faces, 0 to 99"):
+        barycentric_mapping(vertices, vertices, np.array([[0, 1, 99]]))
+    with pytest.raises(ValueError, match="got 0 faces"):
+        barycentric_mapping(vertices, vertices, faces[:0])
+    assert barycentric_mapping(vertices[:0], vertices, faces)[0].shape == (0, 3)

@@ -76,7 +76,6 @@ def test_flat_template_has_finite_positions():
 
 
 def test_template_file(tmp_path):
-    pytest.importorskip("openmesh")
     write_mesh(tmp_path / "template.obj", *TEMPLATE)
     got = MeshHierarchy.from_template(tmp_path / "template.obj", num_vertices=[50, 12])
     vertices = TEMPLATE[0].astype(np.float32).astype(float)

@@ -17,8 +17,6 @@ from pyg_attnpool import (
 )
 from tests.mesh.meshes import blob
 
-pytest.importorskip("openmesh")
-
 B, F = 4, 3
 CONVS = {
     "gcn": lambda i, o: GCNConv(i, o),
