@@ -98,27 +98,25 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
     for pool in (*options.pool, "pca"):
         torch.manual_seed(options.seed)
         if pool == "pca":
-            model = MorphableModel.pca(hierarchy, options.latent, options.unit).fit(train)
-            network = model.autoencoder
-            trained = shipped = network.mean.numel() + network.components.numel()
+            model = MorphableModel.pca(hierarchy, options.latent, options.unit)
         else:
             model = build(hierarchy, pool)
-            trained = count(model)
-            model.fit(
-                train,
-                val,
-                output=output / pool,
-                epochs=epochs,
-                batch_size=options.batch_size,
-                optimizer=options.optimizer,
-                seed=options.seed,
-                resume=options.resume,
-                accelerator=options.device,
-            )
-            # From here on attention is a fixed mapping, and the model as small as its QEM twin.
-            shipped = count(model.freeze().cpu())
+        trained = model.num_parameters
+        model.fit(
+            train,
+            val,
+            output=output / pool,
+            epochs=epochs,
+            batch_size=options.batch_size,
+            optimizer=options.optimizer,
+            seed=options.seed,
+            resume=options.resume,
+            accelerator=options.device,
+            freeze=True,  # attention becomes a fixed mapping, the model as small as its QEM twin
+        ).cpu()
         model.save(output / pool / "model")
-        rows.append({"model": pool, "trained": trained, "shipped": shipped, **model.evaluate(test)})
+        sizes = {"trained": trained, "shipped": model.num_parameters}
+        rows.append({"model": pool, **sizes, **model.evaluate(test)})
         with torch.no_grad():
             pictures[pool] = model(shown)
 
@@ -135,10 +133,6 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
         writer.writerows(rows)
     plot_reconstructions(output / "errors.png", hierarchy.faces[0], shown, pictures)
     print(f"Models, checkpoints, results.csv and errors.png are in {output}")
-
-
-def count(model: torch.nn.Module) -> int:
-    return sum(p.numel() for p in model.parameters())
 
 
 def main(options: Options):

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy
 from pyg_attnpool.datasets import AnnyFaces
+from pyg_attnpool.metrics import vertex_distances
 
 
 class UNet(torch.nn.Module):
@@ -95,7 +96,7 @@ def main(epochs: int = 1, seen: float = 0.1, noise_mm: float = 5.0, seed: int = 
         "trained": complete(),
     }
     for name, x in found.items():
-        print(f"{name:12} {1000 * (x - test).norm(dim=-1).mean():.3f} mm per vertex")
+        print(f"{name:12} {vertex_distances(x, test).mean():.3f} mm per vertex")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, freeze
 from pyg_attnpool.datasets import AnnyFaces
+from pyg_attnpool.metrics import vertex_distances
 
 
 class Denoiser(torch.nn.Module):
@@ -64,7 +65,7 @@ def main(epochs: int = 1, noise_mm: float = 2.0, seed: int = 0):
     with torch.no_grad():
         noisy, out = denoise(clean)
     for name, x in (("noisy", noisy), ("denoised", out)):
-        print(f"{name:8} {1000 * (x - clean).norm(dim=-1).mean():.3f} mm per vertex")
+        print(f"{name:8} {vertex_distances(x, clean).mean():.3f} mm per vertex")
 
     before = sum(p.numel() for p in model.parameters())
     freeze(model)

@@ -189,6 +189,14 @@ class MorphableModel(Module):
         return self.latent_mean.size(0)
 
     @property
+    def num_parameters(self) -> int:
+        r"""The number of values that training finds: the parameters of the autoencoder, and mean
+        and components of :class:`~pyg_attnpool.models.PCA`."""
+        linear = [m for m in self.autoencoder.modules() if isinstance(m, PCA)]
+        values = [*self.autoencoder.parameters(), *(b for m in linear for b in m.buffers())]
+        return sum(value.numel() for value in values)
+
+    @property
     def latent_std(self) -> Tensor:
         r"""The standard deviation :obj:`[latent_channels]` of the codes of the training meshes."""
         return self.latent_cov.diagonal().clamp(min=0).sqrt()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.files import replacing
+from pyg_attnpool.metrics import vertex_distances
 
 try:
     import matplotlib
@@ -89,7 +90,7 @@ def plot_reconstructions(
         reconstructions (dict): For every model's name its reconstructions :obj:`[M, N, 3]`.
         azimuth (float, optional): As in :meth:`plot_mesh`. (default: :obj:`20.0`)
     """
-    errors = {name: 1000 * (x - meshes).norm(dim=-1) for name, x in reconstructions.items()}
+    errors = {name: vertex_distances(x, meshes) for name, x in reconstructions.items()}
     largest = torch.cat([e.flatten() for e in errors.values()]).quantile(0.99).item()
     norm = Normalize(0, largest)
 

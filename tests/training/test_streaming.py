@@ -188,9 +188,10 @@ def test_bad_mapped_meshes(tmp_path):
 @pytest.mark.slow
 def test_memory_of_an_epoch_does_not_hold_the_meshes(tmp_path):
     # 115 MiB of them, of which a block or two may be in memory at a time.
-    script = Path(__file__).parents[2] / "benchmarks" / "streaming.py"
-    command = [sys.executable, script, "--meshes", "6250", "--output", tmp_path]
-    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-m", "benchmarks.speed.streaming", "--meshes", "6250"]
+    command += ["--output", str(tmp_path)]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert "Statistics and an epoch" in (tmp_path / "streaming.md").read_text()
     anonymous = {
         line[:24].strip(): int(re.search(r"anonymous\s+([\d,]+)", line)[1].replace(",", ""))
