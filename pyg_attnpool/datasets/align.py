@@ -72,7 +72,7 @@ def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) 
     size = pose.norm()
     mean = pose
     for _ in range(ROUNDS):
-        rotation = _rotations(x, mean)
+        rotation = rotations(x, mean)
         fitted = x @ rotation.mT
         factor = x.new_ones(len(x))
         if scale:
@@ -80,7 +80,7 @@ def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) 
             fitted = factor.view(-1, 1, 1) * fitted
         before, mean = mean, fitted.mean(dim=0)
         # The mean may turn and shrink from round to round: the pose of all is the reference's.
-        mean = mean @ _rotations(mean.unsqueeze(0), pose)[0].mT
+        mean = mean @ rotations(mean.unsqueeze(0), pose)[0].mT
         mean = mean * (size / mean.norm()) if scale else mean
         if (mean - before).norm() <= 1e-12 * size:
             break
@@ -90,7 +90,7 @@ def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) 
     return Alignment(vertices, rotation, translation, factor, fitted.mean(dim=0) + origin)
 
 
-def _rotations(x: Tensor, target: Tensor) -> Tensor:
+def rotations(x: Tensor, target: Tensor) -> Tensor:
     # The rotations of least squared distance from centred meshes to a centred one (Kabsch, Acta
     # Crystallographica 1976).
     u, _, vt = torch.linalg.svd(x.mT @ target)
