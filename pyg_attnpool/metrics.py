@@ -1,8 +1,10 @@
-r"""Errors of morphable models, in millimetres."""
+r"""Errors of morphable models, in millimetres, and what makes a good model of a class of shapes."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,7 +58,7 @@ def reconstruction_error(
     """
     meshes = _prepared(model, "test meshes", meshes)
     distances, codes, further = [], [], []
-    with _Evaluating(model):
+    with evaluating(model):
         for block in blocks(meshes, batch_size):
             x = block.to(model.mean.device, model.mean.dtype)
             codes.append(model.encode(x))
@@ -81,9 +83,216 @@ def reconstruction_error(
 def encode_all(model: MorphableModel, meshes: Any, batch_size: int = 64) -> Tensor:
     r"""The latent codes :obj:`[M, latent_channels]` of meshes :obj:`[M, N, C]` in metres."""
     meshes = _prepared(model, "meshes", meshes)
-    with _Evaluating(model):
+    with evaluating(model):
         device, dtype = model.mean.device, model.mean.dtype
         return torch.cat([model.encode(x.to(device, dtype)) for x in blocks(meshes, batch_size)])
+
+
+def mean_distances(x: Tensor, y: Tensor) -> Tensor:
+    r"""The mean distance of corresponding vertices between all pairs of meshes, in millimetres.
+
+    Args:
+        x (torch.Tensor): Meshes :obj:`[A, N, C]` in metres; the first three features count.
+        y (torch.Tensor): Meshes :obj:`[B, N, C]`.
+
+    Returns:
+        Distances :obj:`[A, B]`.
+
+    Example:
+        >>> mean_distances(torch.zeros(1, 4, 3), torch.full((2, 4, 3), 0.003)).round(decimals=1)
+        tensor([[5.2000, 5.2000]])
+    """
+    if x.dim() != 3 or y.dim() != 3 or x.shape[1:] != y.shape[1:] or 0 in (*x.shape, *y.shape):
+        raise ValueError(
+            f"Expected two sets of meshes of one shape [N, C] (got {list(x.shape)} and "
+            f"{list(y.shape)})"
+        )
+    # Few pairs at a time: all differences of 100 to 2,000 faces would take 10 GB.
+    size = max(1, (1 << 24) // x[0].numel())
+    rows = [torch.cat([vertex_distances(a, part).mean(dim=1) for part in y.split(size)]) for a in x]
+    return torch.stack(rows)
+
+
+def generalisation(model: MorphableModel, meshes: Any, batch_size: int = 64) -> float:
+    r"""How well a model describes meshes of its class that it has not seen: the mean distance of a
+    vertex to where it should be, as in :meth:`MorphableModel.evaluate`. Small is good.
+
+    This, :func:`specificity` and :func:`compactness` are those of `"Statistical Models of Shape"
+    <https://doi.org/10.1007/978-1-84800-138-1>`_ (Davies, Twining & Taylor, 2008).
+
+    Args:
+        model (MorphableModel): The model.
+        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Unseen meshes :obj:`[M, N, C]` in
+            metres.
+        batch_size (int, optional): Meshes reconstructed at a time. (default: :obj:`64`)
+
+    Returns:
+        The error in millimetres.
+    """
+    return reconstruction_error(model, meshes, batch_size)["mean"]
+
+
+def specificity(samples: Tensor, meshes: Tensor) -> float:
+    r"""Whether a model makes meshes of its class alone: the mean distance of a sample to the
+    training mesh that is closest to it. Small is good, but zero means training meshes repeated.
+
+    Args:
+        samples (torch.Tensor): Meshes :obj:`[n, N, C]` that the model has made, in metres, as by
+            :meth:`MorphableModel.sample`.
+        meshes (torch.Tensor): Training meshes :obj:`[M, N, C]`.
+
+    Returns:
+        The distance in millimetres.
+
+    Example:
+        >>> meshes = torch.zeros(3, 5, 3)
+        >>> specificity(meshes + torch.tensor([0.003, 0.0, 0.004]), meshes)
+        5.0
+    """
+    return mean_distances(samples, meshes).amin(dim=1).mean().item()
+
+
+@torch.no_grad()
+def compactness(model: MorphableModel, meshes: Any, batch_size: int = 64) -> Tensor:
+    r"""How much of the variance of a model's meshes few directions hold: the cumulative variance
+    along the principal directions of the reconstructed meshes. Large at the front is good. For PCA
+    these are the sums of its eigenvalues.
+
+    Args:
+        model (MorphableModel): The model.
+        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Training meshes
+            :obj:`[M, N, C]` in metres.
+        batch_size (int, optional): Meshes reconstructed at a time. (default: :obj:`64`)
+
+    Returns:
+        Cumulative variance :obj:`[min(M, 3 N)]` in square millimetres, a vertex on average. The
+        last entry is the variance of all.
+    """
+    meshes = _prepared(model, "training meshes", meshes)
+    with evaluating(model):
+        parts = blocks(meshes, batch_size)
+        x = torch.cat([model(x.to(model.mean))[..., :3].flatten(1).double() for x in parts])
+    values = torch.linalg.svdvals(1000 * (x - x.mean(dim=0)))
+    return values.square().cumsum(dim=0) / (len(x) * model.num_vertices)
+
+
+def diversity(samples: Tensor) -> float:
+    r"""How different samples are: the mean distance between two of them, in millimetres. It says
+    something beside that of real meshes.
+
+    Args:
+        samples (torch.Tensor): At least two meshes :obj:`[n, N, C]` in metres.
+
+    Example:
+        >>> diversity(torch.stack([torch.zeros(5, 3), torch.ones(5, 3)])) / 1000
+        1.73205...
+    """
+    _at_least_two("samples", samples)
+    n = len(samples)
+    return mean_distances(samples, samples).sum().item() / (n * (n - 1))
+
+
+def coverage(samples: Tensor, meshes: Tensor) -> float:
+    r"""The share of real meshes that are the closest one to some sample, from the `"Learning
+    Representations and Generative Models for 3D Point Clouds" <https://arxiv.org/abs/1707.02392>`_
+    paper. A model that forgets a part of its class does not cover it.
+
+    Args:
+        samples (torch.Tensor): Samples :obj:`[n, N, C]` in metres, best as many as meshes.
+        meshes (torch.Tensor): Real meshes :obj:`[M, N, C]` that the model has not seen.
+
+    Example:
+        >>> x = torch.rand(4, 5, 3)
+        >>> coverage(x, x), coverage(x[:1], x)
+        (1.0, 0.25)
+    """
+    return mean_distances(samples, meshes).argmin(dim=1).unique().numel() / len(meshes)
+
+
+def nearest_neighbor_accuracy(samples: Tensor, meshes: Tensor) -> float:
+    r"""Whether samples can be told from real meshes: the accuracy of a classifier that gives each
+    mesh the label of its nearest neighbour among all others (1-NNA), from the `"PointFlow"
+    <https://arxiv.org/abs/1906.12320>`_ paper. One half is best; one means that they lie apart,
+    less than one half that samples repeat real meshes.
+
+    Args:
+        samples (torch.Tensor): Samples :obj:`[n, N, C]` in metres.
+        meshes (torch.Tensor): As many real meshes :obj:`[n, N, C]`.
+
+    Raises:
+        ValueError: If there are not equally many, at least two of each.
+
+    Example:
+        >>> x = torch.rand(4, 5, 3)
+        >>> nearest_neighbor_accuracy(x, x + 10), nearest_neighbor_accuracy(x, x + 1e-3)
+        (1.0, 0.0)
+    """
+    for name, value in (("samples", samples), ("meshes", meshes)):
+        _at_least_two(name, value)
+    if len(samples) != len(meshes):
+        raise ValueError(
+            f"Expected as many samples as meshes (got {len(samples)} and {len(meshes)}): the "
+            f"larger set would attract more neighbours"
+        )
+    both = torch.cat([samples, meshes])
+    nearest = mean_distances(both, both).fill_diagonal_(torch.inf).argmin(dim=1)
+    real = torch.arange(len(both), device=both.device) >= len(samples)
+    return (real[nearest] == real).double().mean().item()
+
+
+def _at_least_two(name: str, x: Tensor) -> None:
+    if len(x) < 2:
+        raise ValueError(f"Expected at least two {name} (got {len(x)})")
+
+
+@torch.no_grad()
+def generation(
+    model: MorphableModel,
+    train: Any,
+    test: Any,
+    n: int = 100,
+    generator: torch.Generator | None = None,
+) -> dict[str, float]:
+    r"""All of these for a model, from :obj:`n` of its samples, as many training meshes and as many
+    test meshes, evenly spread over each set.
+
+    Args:
+        model (MorphableModel): The model.
+        train (torch.Tensor, MeshDataset, numpy.ndarray or list): Training meshes :obj:`[M, N, C]`
+            in metres, all of which :func:`specificity` looks at.
+        test (torch.Tensor, MeshDataset, numpy.ndarray or list): Unseen meshes.
+        n (int, optional): The number of samples; no more than there are test meshes are taken.
+            (default: :obj:`100`)
+        generator (torch.Generator, optional): As in :meth:`MorphableModel.sample`.
+            (default: :obj:`None`)
+
+    Returns:
+        By name :obj:`generalisation`, :obj:`specificity`, :obj:`diversity` and
+        :obj:`diversity of test meshes` in millimetres, :obj:`compactness`, the share of the
+        variance along the first principal direction, :obj:`coverage` and
+        :obj:`nearest neighbor accuracy`.
+    """
+    train, test = _prepared(model, "training meshes", train), _prepared(model, "test meshes", test)
+    n = min(n, len(test))
+    device = model.mean.device
+    samples = model.sample(n, generator=generator)
+    (real,) = blocks(_spread(test, n), n)
+    real = real.to(samples)
+    closest = [mean_distances(samples, x.to(device)).amin(dim=1) for x in blocks(train, 1024)]
+    variance = compactness(model, _spread(train, n))
+    return {
+        "generalisation": generalisation(model, test),
+        "specificity": torch.stack(closest).amin(dim=0).mean().item(),
+        "compactness": (variance[0] / variance[-1]).item(),
+        "diversity": diversity(samples),
+        "diversity of test meshes": diversity(real),
+        "coverage": coverage(samples, real),
+        "nearest neighbor accuracy": nearest_neighbor_accuracy(samples, real),
+    }
+
+
+def _spread(x: Any, n: int) -> Any:
+    return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
 
 
 def warn_millimetres(name: str, x: Tensor) -> bool:
@@ -109,13 +318,12 @@ def _prepared(model: MorphableModel, name: str, meshes: Any) -> Any:
     return meshes
 
 
-class _Evaluating:
-    # A model in evaluation mode, and back in the mode that it had.
-    def __init__(self, model: torch.nn.Module):
-        self.model, self.training = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *args: object) -> None:
-        self.model.train(self.training)
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    r"""A model in evaluation mode, and afterwards back in the mode that it had."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

@@ -4,7 +4,19 @@ import torch
 from torch_geometric.data import Data
 
 from pyg_attnpool.datasets import MeshDataset
-from pyg_attnpool.metrics import encode_all, vertex_distances, warn_millimetres
+from pyg_attnpool.metrics import (
+    compactness,
+    coverage,
+    diversity,
+    encode_all,
+    generalisation,
+    generation,
+    mean_distances,
+    nearest_neighbor_accuracy,
+    specificity,
+    vertex_distances,
+    warn_millimetres,
+)
 from pyg_attnpool.models import MorphableModel
 from tests.mesh.meshes import icosphere
 
@@ -94,3 +106,85 @@ def test_millimetres_are_noticed():
     with pytest.warns(UserWarning, match="Expected scans in metres .*millimetres"):
         assert warn_millimetres("scans", 100 * x)
     assert not warn_millimetres("meshes", x + 1e6)  # far away, but small
+
+
+def linear_model(num=60, latent_channels=4):
+    x = meshes(num)
+    return MorphableModel.pca(TEMPLATE, latent_channels).fit(x).double(), x
+
+
+def test_mean_distances_of_all_pairs():
+    x, y = meshes(3), meshes(2) + 0.01
+    expected = [[1000 * (a - b).norm(dim=-1).mean().item() for b in y] for a in x]
+    np.testing.assert_allclose(mean_distances(x, y), expected, rtol=1e-5)
+    # Features beyond coordinates are no distance.
+    further = torch.cat([x, torch.rand(3, 42, 2)], dim=-1)
+    assert mean_distances(further, further).diagonal().max() == 0
+    with pytest.raises(ValueError, match=r"of one shape .*\[3, 42, 3\] and \[2, 9, 3\]"):
+        mean_distances(x, y[:, :9])
+
+
+def test_compactness_of_pca_are_its_eigenvalues():
+    model, x = linear_model()
+    flat = 1000 * x.double().flatten(1).numpy()
+    eigenvalues = np.linalg.svd(flat - flat.mean(axis=0), compute_uv=False) ** 2 / len(x)
+    found = compactness(model, x, batch_size=7).numpy()
+    assert len(found) == len(x)
+    np.testing.assert_allclose(found[:4], eigenvalues[:4].cumsum() / 42, rtol=1e-5)
+    np.testing.assert_allclose(found[4:], found[3])  # no variance beyond the components
+    assert generalisation(model, x) == model.evaluate(x)["mean"]
+
+
+def test_specificity_against_a_search_mesh_by_mesh():
+    x = meshes(5)
+    samples = x[[4, 0]] + torch.tensor([0.0, 0.003, 0.004])
+    assert specificity(samples, x) == pytest.approx(5, rel=1e-4)
+    assert specificity(x, x) == 0
+
+
+def test_diversity():
+    x = torch.zeros(3, 42, 3)
+    x[1, :, 0], x[2, :, 0] = 0.003, 0.006
+    assert diversity(x) == pytest.approx(4)  # of 3, 3 and 6
+    with pytest.raises(ValueError, match="at least two samples .got 1"):
+        diversity(x[:1])
+
+
+def test_coverage_and_nearest_neighbours_of_points_on_a_line():
+    def at(*places):
+        return torch.tensor(places).view(-1, 1, 1).expand(-1, 42, 3)
+
+    real = at(0.0, 1.0, 2.0, 10.0)
+    assert coverage(at(0.1, 0.2, 1.9), real) == 0.5
+    # Of their own kind are the neighbours of 20, 21 and 2 alone: that of 1 is 0.1.
+    samples = at(0.1, 20.0, 21.0, 9.9)
+    assert nearest_neighbor_accuracy(samples, real) == pytest.approx(3 / 8)
+    with pytest.raises(ValueError, match="as many samples as meshes .got 2 and 4"):
+        nearest_neighbor_accuracy(samples[:2], real)
+    # Two sets of one distribution cannot be told apart.
+    x = torch.randn(600, 1, 3)
+    assert nearest_neighbor_accuracy(x[:300], x[300:]) == pytest.approx(0.5, abs=0.1)
+    assert 0.45 < coverage(x[:300], x[300:]) < 0.75
+
+
+def test_metrics_of_generation():
+    # Meshes of PCA are Gaussian: samples of the right model look like them, those of one with half
+    # the deviations or without most of the components do not.
+    generator = torch.Generator().manual_seed(0)
+    model, _ = linear_model()
+    model.latent_mean.zero_()
+    model.latent_cov.copy_(torch.diag(torch.tensor([4.0, 3.0, 2.0, 1.0]).double() ** 2))
+    train, test = model.sample(150, generator), model.sample(80, generator)
+    right = generation(model, train, test, 80, generator)
+    assert right["generalisation"] < 1e-3
+    assert 0.35 < right["nearest neighbor accuracy"] < 0.65
+    assert right["diversity"] == pytest.approx(right["diversity of test meshes"], rel=0.1)
+    assert right["compactness"] == pytest.approx(16 / 30, abs=0.12)
+    model.latent_cov /= 16
+    narrow = generation(model, train, test, 80, generator)
+    assert narrow["diversity"] < 0.4 * right["diversity"]
+    assert narrow["coverage"] < right["coverage"]
+    assert narrow["nearest neighbor accuracy"] > right["nearest neighbor accuracy"]
+    model.latent_cov *= 16 * 25
+    wide = generation(model, train, test, 80, generator)
+    assert wide["specificity"] > 2 * right["specificity"]

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +18,9 @@ from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.freeze import freeze
 from pyg_attnpool.units import metres
+
+if TYPE_CHECKING:
+    from pyg_attnpool.fitting import Fit
 
 Template = str | Path | tuple[ndarray, ndarray] | MeshHierarchy
 
@@ -269,6 +273,47 @@ class MorphableModel(Module):
         from pyg_attnpool.metrics import reconstruction_error
 
         return reconstruction_error(self, meshes, batch_size)
+
+    def interpolate(self, a: Any, b: Any, steps: int) -> Tensor:
+        r"""The meshes between two meshes or codes; see :func:`pyg_attnpool.latent.interpolate`."""
+        from pyg_attnpool.latent import interpolate
+
+        return interpolate(self, a, b, steps)
+
+    def extrapolate(self, neutral: Any, x: Any, alphas: Sequence[float] | Tensor) -> Tensor:
+        r"""Meshes with more or less of what sets :obj:`x` apart from :obj:`neutral`; see
+        :func:`pyg_attnpool.latent.extrapolate`."""
+        from pyg_attnpool.latent import extrapolate
+
+        return extrapolate(self, neutral, x, alphas)
+
+    def transfer(self, source_neutral: Any, source: Any, target_neutral: Any) -> Tensor:
+        r"""The target with the deformation of the source; see
+        :func:`pyg_attnpool.latent.transfer`."""
+        from pyg_attnpool.latent import transfer
+
+        return transfer(self, source_neutral, source, target_neutral)
+
+    def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
+        r"""New meshes from the Gaussian of the training codes; see
+        :func:`pyg_attnpool.latent.sample`."""
+        from pyg_attnpool.latent import sample
+
+        return sample(self, n, generator)
+
+    def edit(self, x: Any, targets: dict[int, Any], keep: Any = None, **kwargs: Any) -> Fit:
+        r"""The mesh of the model that is close to another one, with some vertices moved; see
+        :func:`pyg_attnpool.fitting.edit`."""
+        from pyg_attnpool.fitting import edit
+
+        return edit(self, x, targets, keep, **kwargs)
+
+    def fit_to(self, observations: Any = None, **kwargs: Any) -> Fit:
+        r"""The mesh of the model that fits some vertices, landmarks, a point cloud or a scan; see
+        :func:`pyg_attnpool.fitting.fit_to`."""
+        from pyg_attnpool.fitting import fit_to
+
+        return fit_to(self, observations, **kwargs)
 
     def write_mesh(self, path: str | Path, vertices: Tensor) -> None:
         r"""Writes one mesh with the template's faces, in the unit of the model's files.
