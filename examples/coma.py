@@ -6,9 +6,9 @@ COMA faces, 8 latent channels, 300 epochs, interpolation split, mean error per v
 
     QEM 0.939 mm    learned 0.519 mm        wider: QEM 0.682 mm    learned 0.441 mm
 
-Reproduced on AnnyFaces (4,538 vertices, 2,271 training and 319 test meshes; at 20 frames a sequence
-the test part is whole sequences that training never sees), 12 epochs of one cycle, two threads on an
-Intel Xeon, seed 0, all 8 latent channels alive:
+Reproduced on AnnyFaces (4,538 vertices, 2,271 training and 319 test meshes; at 20 frames a
+sequence the test part is whole sequences that training never sees), 12 epochs of one cycle, two
+threads on an Intel Xeon, seed 0, all 8 latent channels alive:
 
     QEM 1.720 mm    learned 1.308 mm    PCA 1.600 mm
 """

@@ -1,6 +1,9 @@
 r"""A U-Net on the mesh with PyG's GCNConv: a tenth of a face's vertices is seen, each with 5 mm of
 noise on every coordinate, and every vertex gets its position. Features are pooled over two levels
 and unpooled again, and each level's features skip the levels below it.
+
+The layers start with the paper's settings: their default starts by sharpening, which a network of
+noisy input would have to unlearn first.
 """
 
 from pathlib import Path
@@ -25,9 +28,9 @@ class UNet(torch.nn.Module):
         self.pools, self.unpools = torch.nn.ModuleList(), torch.nn.ModuleList()
         self.up_convs = torch.nn.ModuleList()
         for i in range(len(channels) - 1):
-            self.pools.append(AttentionPool.from_hierarchy(hierarchy, i))
+            self.pools.append(AttentionPool.from_hierarchy(hierarchy, i, fusion_weight=0.2))
             self.convs.append(GCNConv(channels[i], channels[i + 1]))
-            self.unpools.append(AttentionUnpool.from_hierarchy(hierarchy, i))
+            self.unpools.append(AttentionUnpool.from_hierarchy(hierarchy, i, fusion_weight=0.2))
             self.up_convs.append(GCNConv(channels[i + 1] + channels[i], channels[i]))
         self.lin = Linear(channels[0] + in_channels, 3)
         for i in range(len(channels)):

@@ -22,6 +22,8 @@ ROOMS = [
     "datasets",
     "metrics",
     "training",
+    "latent",
+    "fitting",
     "export",
     "integrations",
     "visualize",
@@ -30,7 +32,9 @@ ROOMS = [
 ]
 
 # The methods of a morphable model that are one line each: they import their room when called.
-FORWARD = {("models.morphable", room) for room in ("export", "metrics", "training")}
+FORWARD = {
+    ("models.morphable", room) for room in ("export", "fitting", "latent", "metrics", "training")
+}
 
 
 def test_every_room_has_its_place():

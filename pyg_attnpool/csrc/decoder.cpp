@@ -181,6 +181,27 @@ extern "C" {
 
 int64_t decoder_width() { return WIDTH; }
 
+// A number that changes with any of n arrays of `words` 32-bit numbers.
+uint64_t checksum(int64_t n, const int64_t* words, const uint32_t* const* arrays) {
+    typedef uint32_t Words __attribute__((vector_size(BYTES)));
+    typedef uint32_t Unaligned __attribute__((vector_size(BYTES), aligned(4), may_alias));
+    constexpr int64_t U = 4;  // products that wait for each other no more
+    Words hash[U] = {};
+    uint64_t sum = 14695981039346656037u;
+    auto mix = [&](uint32_t word) { sum = (sum ^ word) * 1099511628211u; };
+    for (int64_t a = 0; a < n; ++a) {
+        int64_t i = 0;
+        for (; i + U * WIDTH <= words[a]; i += U * WIDTH)
+            for (int64_t u = 0; u < U; ++u)
+                hash[u] = hash[u] * 16777619u
+                        + *reinterpret_cast<const Unaligned*>(arrays[a] + i + u * WIDTH);
+        for (; i < words[a]; ++i) mix(arrays[a][i]);
+    }
+    for (int64_t u = 0; u < U; ++u)
+        for (int64_t w = 0; w < WIDTH; ++w) mix(hash[u][w]);
+    return sum;
+}
+
 // Latent codes [B, latent] to vertices [B, N, C], of which `size` is N C. Each of the threads has
 // three buffers of `buffer` numbers in `scratch`. A path ends with FINISH, which scales and shifts
 // its features, or with a DENSE of no vertices; what a later path gives is added.

@@ -177,13 +177,15 @@ def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
     holds a layer that has no compiled step or hooks, is not in single precision on
     the CPU, or there is no compiled library.
 
-    The decoder is made again when a tensor of the model has changed, which the version counters of
-    PyTorch tell. They do not tell of changes in place through :obj:`.data`.
+    The decoder is made again when the model has changed: a parameter in its values, a buffer by the
+    version counter of PyTorch, which a change through :obj:`.data` escapes.
     """
     mean = model.mean
     if not _cpu.AVAILABLE or mean.dtype != torch.float32 or not mean.is_cpu or mean.is_inference():
         return None  # tensors of inference mode have no version
     state = _state(model)
+    if state is None:
+        return None
     known = _known.get(model)
     if known is None or known[0] != state:
         known = state, _compile(model)
@@ -191,17 +193,21 @@ def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
     return known[1]
 
 
-def _state(model: Module) -> list[int]:
-    # What the plan depends on, by its identity: the layers, their hooks and their tensors.
+def _state(model: Module) -> list[int] | None:
+    # What the plan depends on: the layers, their hooks, their tensors by place and version, and the
+    # values of parameters, as fused optimisers change them and count no version.
     state: list[int] = []
+    parameters: list[Tensor] = []
     for module in model.modules():
-        state.append(id(module))
-        state.append(len(module._forward_hooks) + len(module._forward_pre_hooks))
+        state += (id(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
+        parameters += [p for p in module._parameters.values() if p is not None]
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
                     state += (tensor.data_ptr(), tensor._version)
-    return state
+    if not all(p.is_cpu and p.dtype == torch.float32 and p.is_contiguous() for p in parameters):
+        return None
+    return [*state, _cpu.checksum(parameters)]
 
 
 def _compile(model: MorphableModel) -> CompiledDecoder | None:

@@ -147,6 +147,8 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         function.argtypes, function.restype = [kind.ctype for kind in kinds], c_int64
     library.decode.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
     library.decode.restype, library.decoder_width.restype = None, c_int64
+    library.checksum.argtypes = [c_int64, POINTER(c_int64), POINTER(c_void_p)]
+    library.checksum.restype = ctypes.c_uint64
     return library
 
 
@@ -239,6 +241,14 @@ def _address(name: str, tensor: Any, dtype: torch.dtype, numel: int) -> int:
             f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
         )
     return tensor.data_ptr()
+
+
+def checksum(tensors: list[Tensor]) -> int:
+    r"""A number that changes with the values of contiguous tensors in single precision."""
+    assert library is not None
+    words = (c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
+    arrays = (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
+    return library.checksum(len(tensors), words, arrays)
 
 
 def spmm(

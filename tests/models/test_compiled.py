@@ -126,6 +126,17 @@ def change_in_place(model):
         model.autoencoder.out_conv.lins[0].weight += 1
 
 
+def change_by_a_fused_optimizer(model):
+    (weight,) = (p for p in model.autoencoder.out_conv.lins[0].parameters())
+    weight.grad = torch.ones_like(weight)
+    torch.optim.Adam([weight], lr=0.1, fused=True).step()  # which counts no version
+    weight.grad = None
+
+
+def change_by_data(model):
+    model.autoencoder.from_latent.weight.data[0, 0] += 1
+
+
 def change_by_loading(model):
     state = {
         name: t + 0.5 if t.is_floating_point() else t for name, t in model.state_dict().items()
@@ -157,6 +168,8 @@ def change_by_a_hook(model):
     "change",
     [
         change_in_place,
+        change_by_a_fused_optimizer,
+        change_by_data,
         change_by_loading,
         change_by_assigning,
         change_a_layer,
