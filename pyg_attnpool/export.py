@@ -27,7 +27,10 @@ def export(model: Module, example: Tensor, path: str | Path) -> float:
     writers = {".pt2": export_torch, ".onnx": export_onnx}
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
-        raise ValueError(f"Expected a file name ending in one of {list(writers)} (got {path})")
+        raise ValueError(
+            f"Expected a file name ending in one of {list(writers)}, or of a MorphableModel in "
+            f"'.html' (got {path})"
+        )
     return writers[suffix](model, example, path)
 
 

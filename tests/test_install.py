@@ -45,7 +45,8 @@ def train():
     from pyg_attnpool.training import MeshTraining
 
 def viz():
-    import pyg_attnpool.visualize
+    from pyg_attnpool.visualize import plot_mesh
+    plot_mesh(None, torch.rand(3, 3), torch.tensor([[0, 1, 2]]))
 
 def data():
     from pyg_attnpool.datasets import AnnyFaces

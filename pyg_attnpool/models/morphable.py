@@ -425,26 +425,32 @@ class MorphableModel(Module):
 
         return load(folder, autoencoder)
 
-    def export(self, path: str | Path) -> float:
+    def export(self, path: str | Path, **kwargs: Any) -> float:
         r"""Writes the frozen model as one file that runs without this package: :obj:`.pt2`
         (:func:`torch.export`) or :obj:`.onnx`, meshes :obj:`[B, N, C]` in metres to their
-        reconstructions. The model itself stays as it is.
+        reconstructions, or :obj:`.html`, a page with sliders. The model itself stays as it is.
 
         Args:
             path (str or Path): The file.
+            **kwargs (optional): Of a page, the arguments of
+                :func:`pyg_attnpool.visualize.viewer.write_viewer`, such as :obj:`meshes`.
 
         Returns:
-            The largest difference to the model, relative to its largest output.
+            The largest difference to the model, relative to its largest output, or of a page to
+            the size of the template.
 
         Raises:
-            ValueError: If the ending is unknown.
+            ValueError: If the ending is unknown, or the model cannot become a page.
         """
         from pyg_attnpool.export import export
+        from pyg_attnpool.visualize.viewer import write_viewer
 
+        if Path(path).suffix.lower() == ".html":
+            return write_viewer(self, path, **kwargs)
         example = self.mean + self.std * torch.linspace(-1, 1, 2, device=self.mean.device).view(
             2, 1, 1
         )
-        return export(copy.deepcopy(self).freeze(), example, path)
+        return export(copy.deepcopy(self).freeze(), example, path, **kwargs)
 
     def __repr__(self) -> str:
         return (

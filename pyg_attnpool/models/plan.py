@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy import ndarray
 from scipy.sparse import csr_array
-from torch import Tensor
 from torch.nn import Module
 
 from pyg_attnpool.models.autoencoder import MeshAutoencoder
@@ -176,7 +175,7 @@ def _step(name: str, layer: Module) -> Step:
     if type(layer) is StaticChebConv:
         shape = layer.num_nodes, layer.num_nodes
         csr = tuple(_array(t) for t in (layer.laplacian, layer.col, layer.rowptr))
-        weight = np.stack([_array(lin.weight.t()) for lin in layer.lins])
+        weight = np.stack([_array(lin.weight).T for lin in layer.lins])
         return Chebyshev(csr_array(csr, shape=shape), weight, _bias(layer))
     if type(layer) is SpiralConv:
         weight = _array(layer.lin.weight.view(layer.out_channels, layer.length, -1))
@@ -195,7 +194,7 @@ def _bias(layer: Any) -> ndarray:
     return np.zeros(layer.out_channels) if layer.bias is None else _array(layer.bias)
 
 
-def _array(tensor: Tensor) -> ndarray:
+def _array(tensor: Any) -> ndarray:
     array = tensor.detach().cpu()
     return (array.double() if array.is_floating_point() else array).numpy()
 

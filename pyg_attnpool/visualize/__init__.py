@@ -1,3 +1,24 @@
-from pyg_attnpool.visualize.pictures import plot_mesh, plot_reconstructions
+from pyg_attnpool.visualize.pictures import (
+    draw_meshes,
+    plot_mesh,
+    plot_reconstructions,
+    render,
+    turntable,
+    view_box,
+    write_animation,
+    write_picture,
+)
+from pyg_attnpool.visualize.viewer import read_viewer, write_viewer
 
-__all__ = ["plot_mesh", "plot_reconstructions"]
+__all__ = [
+    "draw_meshes",
+    "plot_mesh",
+    "plot_reconstructions",
+    "read_viewer",
+    "render",
+    "turntable",
+    "view_box",
+    "write_animation",
+    "write_picture",
+    "write_viewer",
+]

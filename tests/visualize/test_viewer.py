@@ -1,0 +1,354 @@
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import pyg_attnpool.visualize
+from pyg_attnpool import MeshHierarchy
+from pyg_attnpool.models import MeshAutoencoder, MorphableModel
+from pyg_attnpool.models.plan import run_plan
+from pyg_attnpool.visualize import read_viewer
+from tests.mesh.meshes import blob
+
+WEB = Path(pyg_attnpool.visualize.__file__).parent / "web"
+CHANNELS = dict(channels=(4, 6), decoder_channels=(6, 5, 7))
+
+
+@pytest.fixture(scope="module")
+def meshes():
+    r"""Faces and thirty deformations of one template, in metres."""
+    torch.manual_seed(0)
+    vertices, faces = blob(3, seed=0, hole=True)
+    vertices = torch.from_numpy(0.1 * vertices).float()
+    modes = torch.sin(20 * vertices @ torch.randn(3, 24)).view(len(vertices), 3, 8)
+    x = vertices + 0.003 * torch.einsum("ncl,ml->mnc", modes, torch.randn(30, 8))
+    return x, faces
+
+
+@pytest.fixture(scope="module")
+def models(meshes):
+    x, faces = meshes
+    torch.manual_seed(1)
+    hierarchy = MeshHierarchy.from_template((x[0].numpy(), faces), factors=[4, 4])
+    models = {
+        "pca": MorphableModel.pca(hierarchy, 4, "mm").fit(x),
+        "coma": MorphableModel.coma(hierarchy, 4, unit="mm", **CHANNELS),
+        "neural3dmm": MorphableModel.neural3dmm(hierarchy, 4, unit="cm", hops=2, **CHANNELS),
+        "wide": MorphableModel(
+            # Convolutions that narrow and that widen, and features that fill no whole vector.
+            MeshAutoencoder(
+                hierarchy, channels=(4, 9), decoder_channels=(9, 3, 18), latent_channels=4
+            ),
+        ),
+    }
+    for name, model in models.items():
+        if name != "pca":
+            with torch.no_grad():
+                model.autoencoder.from_latent.weight *= 20  # codes that can be told apart
+            model.set_statistics(x.mean(dim=0), x.std(dim=0))
+            model.set_latent_statistics(x)
+    return models
+
+
+def size(model):
+    return np.linalg.norm(np.ptp(model.template.numpy(), axis=0))
+
+
+def some_codes(model):
+    return model.latent_mean + model.latent_std * torch.randn(5, model.latent_channels)
+
+
+@torch.no_grad()
+def check_vertices(model, codes, vertices):
+    expected = model.decode(torch.as_tensor(codes)).numpy()
+    # Not a constant that a dead activation leaves.
+    assert len(codes) == 1 or expected.std(axis=0).max() > 1e-3 * size(model)
+    assert np.abs(np.asarray(vertices) - expected).max() < 1e-4 * size(model)
+
+
+NAMES = ["pca", "coma", "neural3dmm", "wide"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_page_holds_decodes_as_the_model_does(tmp_path, models, name):
+    model, path = models[name], tmp_path / "page.html"
+    difference = model.export(path)
+    assert 0 < difference < 1e-4
+    content = read_viewer(path.read_text("utf-8"))
+    codes = some_codes(model)
+    check_vertices(model, codes, run_plan(content["plan"], codes.numpy()))
+    np.testing.assert_array_equal(content["faces"], model.faces)
+    np.testing.assert_allclose(content["latent"]["std"], model.latent_std, rtol=1e-6)
+    # The root of the covariance, which random meshes are drawn with.
+    factor = np.array(content["latent"]["factor"])
+    np.testing.assert_allclose(factor @ factor.T, model.latent_cov, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decoder_alone_in_node(tmp_path, models, name):
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("needs node, to run the page's decoder without a browser")
+    model = models[name]
+    model.export(tmp_path / "page.html")
+    codes = some_codes(model)
+    command = [node, Path(__file__).with_name("decode.mjs"), WEB, tmp_path / "page.html"]
+    done = subprocess.run(
+        command, input=json.dumps(codes.tolist()), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    check_vertices(model, codes, json.loads(done.stdout))
+
+
+def test_weights_of_a_wide_range_are_stored_as_floats(tmp_path, models):
+    x, model = models["pca"].template.expand(8, -1, -1), models["coma"]
+    model = MorphableModel.coma(model.hierarchy, 4, **CHANNELS)
+    model.set_statistics(x.mean(dim=0), torch.full_like(model.std, 0.01))
+    with torch.no_grad():
+        # One weight that a step of 1 / 32767 of the largest would spoil all others beside.
+        model.autoencoder.from_latent.weight[0, 0] = 1e5
+        model.latent_cov[0] *= 0
+        model.latent_cov[:, 0] *= 0
+    assert model.export(tmp_path / "page.html") < 1e-4
+    content = read_viewer((tmp_path / "page.html").read_text("utf-8"))
+    assert content["plan"][0].weight.dtype == np.float32
+
+
+def test_stored_meshes_come_back_with_their_errors(tmp_path, meshes, models):
+    x, model = meshes[0][:3], models["pca"]
+    model.export(tmp_path / "page.html", meshes=x, names=["one", "two", "three"])
+    content = read_viewer((tmp_path / "page.html").read_text("utf-8"))
+    mean, *stored = content["meshes"]
+    assert [m["name"] for m in content["meshes"]] == ["Mean", "one", "two", "three"]
+    np.testing.assert_allclose(mean["code"], model.latent_mean, atol=1e-7)
+    for mesh, truth in zip(stored, x.numpy(), strict=True):
+        decoded = run_plan(content["plan"], np.array([mesh["code"]]))[0]
+        np.testing.assert_allclose(decoded + mesh["residual"], truth, atol=1e-4 * size(model))
+        assert np.abs(mesh["residual"]).max() > 1e-5  # an error that the page has to show
+
+
+def test_names_are_text_wherever_they_stand(tmp_path, meshes, models):
+    bad = "</script><script>alert(1)</script><!--"
+    path = tmp_path / "page.html"
+    models["pca"].export(path, meshes=meshes[0][:1], names=[bad], title=bad)
+    page = path.read_text("utf-8")
+    assert bad not in page
+    content = read_viewer(page)
+    assert content["title"] == bad and content["meshes"][1]["name"] == bad
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error"),
+    [
+        (dict(names=["a"]), r"Expected 0 'names'.*got 1"),
+        (dict(meshes=torch.zeros(2, 5, 3)), r"got \[2, 5, 3\]|Expected 'meshes'|meshes"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, models, kwargs, error):
+    with pytest.raises(ValueError, match=error):
+        models["pca"].export(tmp_path / "page.html", **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_pages_are_read():
+    with pytest.raises(ValueError, match="Expected a page of `write_viewer`"):
+        read_viewer("<html></html>")
+
+
+def test_pages_need_the_core_alone(tmp_path, models):
+    models["pca"].save(tmp_path / "model")
+    code = """if True:
+        import sys
+        for name in ("matplotlib", "openmesh", "plotly", "PIL", "torch_sparse"):
+            sys.modules[name] = None
+        from pyg_attnpool import MorphableModel
+        MorphableModel.load("model").export("page.html")
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120, cwd=tmp_path)
+    assert (tmp_path / "page.html").stat().st_size < 4e6
+
+
+# In a browser #########################################################################
+
+
+@pytest.fixture(scope="module")
+def browser():
+    r"""Headless Chromium."""
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.skip("needs playwright, to drive a browser")
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.skip(f"needs one of the browsers {names}")
+    # As root there is no sandbox, and without a GPU no other GL.
+    args = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    args += ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=path, args=args)
+
+
+@contextmanager
+def opened(browser, path, **kwargs):
+    r"""A page that reaches nothing but its file, and has no errors."""
+    problems = []
+    page = browser.new_page(reduced_motion="reduce", **kwargs)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
+    own = ("file:", "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(own) else problems.append(r.url))
+    page.goto(Path(path).as_uri())
+    page.wait_for_function("window.viewer !== undefined")
+    yield page
+    page.close()
+    assert not problems
+
+
+def shown(page):
+    r"""Code and vertices of the page."""
+    page.wait_for_function("!viewer.waiting")
+    code, position = page.evaluate("[[...viewer.code], [...viewer.stage.position]]")
+    return torch.tensor([code]), np.array(position).reshape(1, -1, 3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sliders_move_the_mesh_as_python_does(browser, tmp_path, models, name):
+    model = models[name]
+    model.export(tmp_path / "page.html")
+    with opened(browser, tmp_path / "page.html") as page:
+        code, vertices = shown(page)
+        np.testing.assert_allclose(code[0], model.latent_mean, rtol=1e-6, atol=1e-6)
+        check_vertices(model, code, vertices)
+        sliders = page.locator(".slider input")
+        assert sliders.count() == model.latent_channels
+        for i, value in enumerate((2.5, -1.25, 3, -3)):
+            sliders.nth(i).fill(str(value))
+        code, vertices = shown(page)
+        order = page.evaluate("viewer.order")
+        expected = model.latent_mean.clone()
+        expected[order] += torch.tensor([2.5, -1.25, 3, -3]) * model.latent_std[order]
+        torch.testing.assert_close(code[0], expected, rtol=1e-5, atol=1e-6)
+        check_vertices(model, code, vertices)
+        page.locator(".slider output").first.get_by_text("+2.5 σ").wait_for()
+        sliders.first.press("ArrowRight")
+        moved, vertices = shown(page)
+        assert moved[0, order[0]] > code[0, order[0]]
+        check_vertices(model, moved, vertices)
+        page.get_by_role("button", name="Random").click()
+        random, vertices = shown(page)
+        assert (random - model.latent_mean).abs().max() > 0
+        check_vertices(model, random, vertices)
+        page.get_by_role("button", name="Reset").click()
+        np.testing.assert_allclose(shown(page)[0][0], model.latent_mean, rtol=1e-6, atol=1e-6)
+
+
+def test_between_stored_meshes(browser, tmp_path, meshes, models):
+    x, model = meshes[0][:2], models["pca"]
+    model.export(tmp_path / "page.html", meshes=x, names=["one", "two"])
+    with torch.no_grad():
+        one, two = model.encode(x)
+        errors = 1000 * (model(x) - x).norm(dim=-1)
+    with opened(browser, tmp_path / "page.html") as page:
+        page.locator("#from").select_option("one")
+        page.locator("#to").select_option("two")
+        between = page.get_by_label("Between the two meshes")
+        for t in (0, 0.25, 1):
+            between.fill(str(t))
+            code, vertices = shown(page)
+            torch.testing.assert_close(code[0], one + t * (two - one), rtol=1e-4, atol=1e-5)
+            check_vertices(model, code, vertices)
+        page.locator("[value=error]").check()
+        page.get_by_text("Distance from two").wait_for()
+        note = page.locator("#colour-note").text_content()
+        mean, largest = (float(v) for v in re.findall(r"(\d+\.\d+) mm", note))
+        assert mean == pytest.approx(errors[1].mean().item(), abs=0.011)
+        assert largest == pytest.approx(errors[1].max().item(), abs=0.011)
+
+        page.get_by_role("button", name="Play").click()
+        page.wait_for_function("Number(document.getElementById('between').value) < 0.9")
+        page.get_by_role("button", name="Pause").click()
+        before = page.evaluate("[...viewer.code]")
+        page.wait_for_timeout(100)
+        assert page.evaluate("[...viewer.code]") == before
+
+        page.get_by_role("button", name="Keep this mesh").click()
+        page.locator("#from").select_option("Kept 1")
+        np.testing.assert_allclose(shown(page)[0][0], before, rtol=1e-6)
+
+
+@pytest.mark.parametrize("ending", ["OBJ", "PLY"])
+def test_files_are_in_the_unit_of_the_model(browser, tmp_path, models, ending):
+    pytest.importorskip("openmesh", reason="needs openmesh, to read the file")
+    from pyg_attnpool.mesh import read_mesh
+
+    model = models["neural3dmm"]
+    model.export(tmp_path / "page.html", title="My faces")
+    with opened(browser, tmp_path / "page.html") as page:
+        page.keyboard.press("r")
+        _, vertices = shown(page)
+        with page.expect_download() as download:
+            page.get_by_role("button", name=ending).click()
+        name = download.value.suggested_filename
+        assert name == f"My_faces.{ending.lower()}"
+        download.value.save_as(tmp_path / name)
+    found, faces = read_mesh(tmp_path / name)
+    np.testing.assert_allclose(found, 100 * vertices[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(faces, model.faces)
+
+
+def test_keys(browser, tmp_path, models):
+    model = models["pca"]
+    model.export(tmp_path / "page.html")
+    camera = "viewer.stage.camera.position.toArray()"
+    with opened(browser, tmp_path / "page.html") as page:
+        front = page.evaluate(camera)
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("+")
+        assert np.abs(np.subtract(page.evaluate(camera), front)).max() > 0.01
+        page.keyboard.press("v")
+        np.testing.assert_allclose(page.evaluate(camera), front, atol=1e-6)
+        page.keyboard.press("c")
+        assert page.evaluate("viewer.mode") == "displacement"
+        page.keyboard.press("c")  # there is no error where no mesh is stored
+        assert page.evaluate("viewer.mode") == "plain"
+        page.keyboard.press("?")
+        heading = page.get_by_role("heading", name="How to use this page")
+        heading.wait_for()
+        page.keyboard.press("Escape")
+        heading.wait_for(state="hidden")
+        page.wait_for_function("document.activeElement === document.body")
+        page.keyboard.press(" ")
+        page.wait_for_function("viewer.playing")
+
+
+@pytest.mark.parametrize("viewport", [(1200, 800), (390, 844)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_light_and_dark_wide_and_narrow(browser, tmp_path, models, scheme, viewport):
+    image = pytest.importorskip("PIL.Image", reason="needs pillow, to look at the picture")
+    models["pca"].export(tmp_path / "page.html")
+    width, height = viewport
+    view = dict(viewport=dict(width=width, height=height), color_scheme=scheme)
+    with opened(browser, tmp_path / "page.html", **view) as page:
+        page.wait_for_timeout(100)
+        page.screenshot(path=tmp_path / "page.png")
+        # Nothing has to be scrolled sideways.
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        box = page.locator("#canvas").bounding_box()
+        page.keyboard.press("d")
+        other = page.evaluate("document.documentElement.dataset.theme")
+    assert other == {"light": "dark", "dark": "light"}[scheme]
+    pixels = np.asarray(image.open(tmp_path / "page.png").convert("RGB")).astype(float)
+    corner = pixels[int(box["y"]) + 5, int(box["x"]) + 5]
+    assert (corner.mean() > 128) == (scheme == "light")
+    # The mesh stands in the middle of its stage.
+    x, y = int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)
+    assert np.abs(pixels[y - 40 : y + 40, x - 40 : x + 40] - corner).max() > 40
