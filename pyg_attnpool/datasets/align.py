@@ -13,7 +13,7 @@ BLOCK = 64  # meshes in double precision at a time
 
 # Meshes look unaligned where the motion of their stillest part is more than a half of the squared
 # distances between them, and more than a twentieth of their size.
-STILL, SHARE, LEAST = 0.01, 0.5, 0.05
+STILL, SHARE, LEAST = 0.01, 0.55, 0.05
 
 
 class Alignment(NamedTuple):

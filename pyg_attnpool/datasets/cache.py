@@ -142,7 +142,9 @@ def load(
     except MemoryError:
         raise
     except Exception as e:  # also of arrays that another program has written
-        raise ValueError(f"{path} is damaged ({e})") from e
+        # As text: a name for the error would keep what is mapped open until memory is collected.
+        reason = str(e.__cause__ if str(path) in str(e) else e)
+        raise ValueError(f"{path} is damaged ({reason})") from e
     if made != settings:
         raise ValueError(f"{path} is of another generator or other parameters")
     return arrays
