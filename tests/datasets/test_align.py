@@ -90,6 +90,16 @@ def test_a_further_mesh_comes_into_the_pose_of_the_others():
         found.bring(meshes[:, :50])
 
 
+def test_many_meshes_go_where_one_scan_was():
+    x = shape()
+    meshes, rotation, shift = moved(x, 6)
+    brought = align(meshes[:5], reference=x).bring(meshes[5:])
+    made = x + 0.1 * torch.randn(70, 60, 3, dtype=torch.double)
+    assert_close(brought.undo(made), made @ rotation[5].mT + shift[5])
+    with pytest.raises(ValueError, match=r"shape \[5, N, C\] .got \[4, 60, 3\]"):
+        align(meshes[:5]).undo(made[:4])
+
+
 def test_some_of_the_meshes_with_their_motions():
     meshes, *_ = moved(shape(), 6)
     found = align(meshes, scale=True)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from pyg_attnpool import MeshHierarchy
-from pyg_attnpool.datasets import CoMA, RegisteredMeshes
+from pyg_attnpool.datasets import CoMA, DynamicFAUST, RegisteredMeshes
 from pyg_attnpool.datasets.cache import mapped_array, stored
+from pyg_attnpool.datasets.sources import GENERATOR
 from pyg_attnpool.files import read_arrays
 from tests.mesh.meshes import icosphere
 
@@ -267,10 +268,30 @@ def test_coma_is_read_again_or_its_archive_named(tmp_path):
 
 def test_a_stored_file_of_another_data_set_is_named(tmp_path):
     # All of it whole, but without the labels.
-    stored(tmp_path / "processed" / "coma.npz", {"generator": 3}, NoLabels, "Making")
+    stored(tmp_path / "processed" / "coma.npz", {"generator": GENERATOR}, NoLabels, "Making")
     with pytest.raises(ValueError, match=r"coma\.npz is damaged .no expression, frame, name, sub"):
         CoMA(tmp_path)
 
 
 class NoLabels(Source):
     labels = {}  # noqa: RUF012
+
+
+def test_registrations_are_read_or_named(tmp_path):
+    # HDF5 has no checksum here: values may be others, but nothing else happens.
+    pytest.importorskip("h5py")
+    from tests.datasets.test_dynamic_faust import SEQUENCES, write
+
+    write(tmp_path)
+    path = tmp_path / "raw" / "registrations_m.hdf5"
+    whole, num, refused = path.read_bytes(), sum(sum(s.values()) for s in SEQUENCES.values()), 0
+    for content in damaged(whole, 42, seed=8):
+        path.write_bytes(content)
+        try:
+            vertices = DynamicFAUST(tmp_path).vertices
+        except ValueError as e:
+            assert str(path.parent) in str(e)
+            refused += 1
+        else:
+            assert vertices.isfinite().all() and vertices.shape == (num, *TEMPLATE.shape)
+    assert refused > 20
