@@ -211,7 +211,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, cut):
     make(whole, Source())
     with pytest.raises(KeyboardInterrupt):
         make(killed, Source(fail_at=4, error=KeyboardInterrupt))
-    (partial,) = killed.iterdir()
+    (partial,) = killed.glob("*.npy")
     assert partial.name.startswith(".a.") and partial.name.endswith(".partial.npy")
     size = min(cut, partial.stat().st_size)
     os.truncate(partial, size)
@@ -220,6 +220,27 @@ def test_goes_on_where_it_was_cut_off(tmp_path, cut):
     make(killed, source)
     ends = 128 + 84 * np.cumsum([0, *SIZES])
     assert source.started == [max(int((ends <= size).sum()) - 1, 0)]
+    assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize("place", [3, 128 + 5, 128 + 84 * 4, 128 + 84 * 10, "sums", "no sums"])
+def test_goes_on_before_what_was_damaged(tmp_path, place):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make(whole, Source())
+    with pytest.raises(KeyboardInterrupt):
+        make(killed, Source(fail_at=4, error=KeyboardInterrupt))
+    (partial,), (sums,) = killed.glob("*.npy"), killed.glob("*.sums")
+    if place == "no sums":
+        sums.unlink()
+    else:
+        file, place = (sums, 2 * 65 + 7) if place == "sums" else (partial, place)
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+    source = Source()
+    make(killed, source)
+    first = {3: 0, 128 + 5: 0, 128 + 84 * 4: 1, 128 + 84 * 10: 3, 2 * 65 + 7: 2, "no sums": 0}
+    assert source.started == [first[place]]
     assert content(killed) == content(whole)
 
 
