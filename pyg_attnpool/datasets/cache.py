@@ -194,8 +194,11 @@ def _writing(folder: Path | str) -> Iterator[None]:
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     # The lock of this thread alone, which others wait for. The system releases that of a process
-    # that is killed.
-    lock = FileLock(path)
+    # that is killed; where it has no locks, files as signs instead would be waited for for ever.
+    try:
+        lock = FileLock(path, fallback_to_soft=False)
+    except TypeError:  # earlier versions never fall back
+        lock = FileLock(path)
     while True:
         with _writing(path.parent), open(path, "ab") as file:
             lock.acquire()

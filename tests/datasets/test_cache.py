@@ -1,3 +1,4 @@
+import errno
 import mmap
 import multiprocessing
 import os
@@ -150,6 +151,17 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path):
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(ValueError, match=r"Expected to write to .*file"):
         make(tmp_path / "file", Source())
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"Expected to write to .*got: .*not implemented"):
+        make(tmp_path, Source())
 
 
 def test_those_who_waited_for_one_that_failed_take_turns(tmp_path):
