@@ -13,7 +13,7 @@ BLOCK = 64  # meshes in double precision at a time
 
 # Meshes look unaligned where the motion of their stillest part is more than a half of the squared
 # distances between them, and more than a twentieth of their size.
-STILL, SHARE, LEAST = 0.01, 0.5, 0.05
+STILL, SHARE, LEAST = 0.01, 0.55, 0.05
 
 
 class Alignment(NamedTuple):
@@ -60,11 +60,23 @@ class Alignment(NamedTuple):
         return Alignment(vertices, rotation, translation, factor, mean, self.scaled)
 
     def undo(self, vertices: Tensor) -> Tensor:
-        r"""Takes meshes :obj:`[M, N, C]` of the common pose back to where they were."""
+        r"""Takes meshes :obj:`[M, N, C]` of the common pose back to where they were. If the motion
+        is that of a single mesh, there may be any number of meshes, which all go there.
+
+        Raises:
+            ValueError: If there are not as many meshes as motions.
+        """
+        num = len(vertices)
+        if vertices.dim() != 3 or len(self.scale) not in (1, num):
+            raise ValueError(
+                f"Expected meshes of shape [{len(self.scale)}, N, C] (got {list(vertices.shape)})"
+            )
+        rotation, translation = self.rotation.expand(num, -1, -1), self.translation.expand(num, -1)
+        scale = self.scale.expand(num)
 
         def back(x: Tensor, part: slice) -> Tensor:
-            x = x - self.translation[part].unsqueeze(1)
-            return x @ self.rotation[part] / self.scale[part].view(-1, 1, 1)
+            x = x - translation[part].unsqueeze(1)
+            return x @ rotation[part] / scale[part].view(-1, 1, 1)
 
         return _blockwise(vertices, back)
 

@@ -55,7 +55,7 @@ def stored(
 ) -> dict[str, ndarray]:
     r"""Meshes of a file that is whole and of these settings, or else of a source, from where they
     are stored first. One process at a time does that; others wait for it. Where it is killed, the
-    next one goes on with the block it was at; where it fails, nothing is left.
+    next one goes on after the blocks that are whole; where it fails, nothing is left.
 
     Args:
         path (Path): A :obj:`.npz` file. Its vertices are in a :obj:`.npy` file of the same name if
@@ -91,18 +91,16 @@ def stored(
             except ValueError as e:
                 print(f"{e} and made again")
                 arrays = None
-            if arrays is not None:
-                partial.unlink(missing_ok=True)
-                return arrays
             try:
-                _append(partial, source, progress)
-                _save(path, settings, source, partial, mapped)
+                if arrays is None:
+                    _append(partial, source, progress)
+                    _save(path, settings, source, partial, mapped)
             except Exception:
-                partial.unlink(missing_ok=True)
+                _remove_partial(path)
                 raise
-            # Those of other settings too, which nobody will go on with.
-            for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial.npy"):
-                left.unlink(missing_ok=True)
+            _remove_partial(path)
+            if arrays is not None:
+                return arrays
     written = path.with_suffix(".npy") if mapped else path
     print(
         f"Made {sum(source.sizes):,} meshes of {len(source.template[0]):,} vertices, "
@@ -142,7 +140,9 @@ def load(
     except MemoryError:
         raise
     except Exception as e:  # also of arrays that another program has written
-        raise ValueError(f"{path} is damaged ({e})") from e
+        # As text: a name for the error would keep what is mapped open until memory is collected.
+        reason = str(e.__cause__ if str(path) in str(e) else e)
+        raise ValueError(f"{path} is damaged ({reason})") from e
     if made != settings:
         raise ValueError(f"{path} is of another generator or other parameters")
     return arrays
@@ -194,8 +194,11 @@ def _writing(folder: Path | str) -> Iterator[None]:
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     # The lock of this thread alone, which others wait for. The system releases that of a process
-    # that is killed.
-    lock = FileLock(path)
+    # that is killed; where it has no locks, files as signs instead would be waited for for ever.
+    try:
+        lock = FileLock(path, fallback_to_soft=False)
+    except TypeError:  # earlier versions never fall back
+        lock = FileLock(path)
     while True:
         with _writing(path.parent), open(path, "ab") as file:
             lock.acquire()
@@ -213,21 +216,22 @@ def _held(path: Path) -> Iterator[None]:
 
 
 def _append(path: Path, source: Source, progress: tqdm) -> None:
-    # What a file that was cut off at any byte has of whole blocks is kept.
+    # The whole blocks of a file that was cut off at any byte, or damaged since, are kept.
     num_vertices, channels = len(source.template[0]), getattr(source, "channels", 3)
     header = _header(sum(source.sizes), num_vertices, channels)
     size = FLOAT.itemsize * channels * num_vertices
     ends = [len(header) + size * num for num in accumulate(source.sizes, initial=0)]
+    sums = path.with_suffix(".sums")
     with _writing(path.parent):
+        known = sums.read_text("ascii", "replace").split() if sums.exists() else []
+        start = _whole_blocks(path, header, ends, known)
+        sums.write_text("".join(f"{known[i]}\n" for i in range(start)), "ascii")
         file = open(path, "ab", buffering=0)  # what a full disk refuses is not tried again
     with file:
         with _writing(path.parent):
-            written = os.fstat(file.fileno()).st_size
-            start = sum(end <= written for end in ends) - 1
-            file.truncate(ends[start] if start >= 0 else 0)
-            if start < 0:
+            file.truncate(ends[start] if start else 0)
+            if not start:
                 _write(file, header)
-                start = 0
             needed, free = ends[-1] - ends[start], shutil.disk_usage(path.parent).free
         if free < needed:
             raise ValueError(
@@ -236,12 +240,37 @@ def _append(path: Path, source: Source, progress: tqdm) -> None:
             )
         progress.update(start)
         for block in source.blocks(start):
+            content = np.ascontiguousarray(block, dtype=FLOAT).data.cast("B")
             with _writing(path.parent):
-                _write(file, np.ascontiguousarray(block, dtype=FLOAT).data.cast("B"))
+                # The sum comes first: where the block is cut off after it, the two do not fit.
+                with open(sums, "a", encoding="ascii") as f:
+                    f.write(f"{hashlib.sha256(content).hexdigest()}\n")
+                _write(file, content)
             progress.update()
         written = os.fstat(file.fileno()).st_size
     if written != ends[-1]:
         raise ValueError(f"Expected {ends[-1]} bytes in {path} (got {written})")
+
+
+def _whole_blocks(path: Path, header: bytes, ends: Sequence[int], sums: Sequence[str]) -> int:
+    # How many blocks at the beginning of a partial file fit their sums.
+    if not path.exists():
+        return 0
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            return 0
+        whole = 0
+        for sha, start, end in zip(sums, ends, ends[1:], strict=False):
+            if hashlib.sha256(file.read(end - start)).hexdigest() != sha:
+                break
+            whole += 1
+        return whole
+
+
+def _remove_partial(path: Path) -> None:
+    # Those of other settings too, which nobody will go on with.
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.*.partial.*"):
+        left.unlink(missing_ok=True)
 
 
 def _write(file: FileIO, rest: bytes | memoryview) -> None:

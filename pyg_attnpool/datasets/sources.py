@@ -24,7 +24,7 @@ from pyg_attnpool.files import damage_named
 from pyg_attnpool.mesh.io import SUFFIXES, read_features, read_mesh
 
 # Part of every stored file: raised with every change of how meshes are read.
-GENERATOR = 3
+GENERATOR = 2
 
 BLOCK = 64  # meshes read between two steps of the progress bar
 

@@ -77,11 +77,105 @@ def test_further_features_and_the_type_stay():
     assert_close(found.undo(found.vertices), meshes, atol=1e-5, rtol=1e-5)
 
 
-def test_what_looks_unaligned():
+def test_a_further_mesh_comes_into_the_pose_of_the_others():
     x = shape()
-    shapes = x + 0.1 * torch.randn(30, 60, 3)
-    assert not looks_unaligned(shapes) and looks_unaligned(moved(x, 30)[0])
-    assert not looks_unaligned(shapes[:1])
+    meshes, rotation, _ = moved(x, 9)
+    for scale in (False, True):
+        found = align(meshes[:5], scale=scale, reference=x)
+        brought = found.bring(meshes[5:] * (3 if scale else 1))
+        assert_close(brought.vertices, x.expand(4, -1, -1))
+        assert_close(brought.rotation, rotation[5:].mT)
+        assert_close(brought.undo(brought.vertices), meshes[5:] * (3 if scale else 1))
+    with pytest.raises(ValueError, match=r"'reference' of shape \[50, 3\] .got \[60, 3\]"):
+        found.bring(meshes[:, :50])
+
+
+def test_many_meshes_go_where_one_scan_was():
+    x = shape()
+    meshes, rotation, shift = moved(x, 6)
+    brought = align(meshes[:5], reference=x).bring(meshes[5:])
+    made = x + 0.1 * torch.randn(70, 60, 3, dtype=torch.double)
+    assert_close(brought.undo(made), made @ rotation[5].mT + shift[5])
+    with pytest.raises(ValueError, match=r"shape \[5, N, C\] .got \[4, 60, 3\]"):
+        align(meshes[:5]).undo(made[:4])
+
+
+def test_some_of_the_meshes_with_their_motions():
+    meshes, *_ = moved(shape(), 6)
+    found = align(meshes, scale=True)
+    part = found.select(torch.tensor([4, 1]))
+    assert_close(part.undo(part.vertices), meshes[[4, 1]])
+    assert torch.equal(part.mean, found.mean) and part.scaled
+
+
+def test_blocks_of_meshes_are_aligned_as_all_at_once():
+    x = shape()
+    meshes, rotation, _ = moved(x, 150)  # more than two blocks
+    found = align(meshes, reference=x)
+    assert_close(found.vertices, x.expand(150, -1, -1))
+    assert_close(found.rotation, rotation.mT)
+    assert_close(found.undo(found.vertices), meshes)
+
+
+def turned(x, degrees, seed=0):
+    r"""Every mesh about an axis of its own through the origin, by an angle of this deviation."""
+    rng = np.random.default_rng(seed)
+    turns = Rotation.from_rotvec(rng.normal(0, np.radians(degrees), (len(x), 3)))
+    return x @ torch.from_numpy(turns.as_matrix()).mT
+
+
+def ball(num=400, seed=0):
+    x = torch.from_numpy(np.random.default_rng(seed).normal(size=(num, 3)))
+    return x / x.norm(dim=-1, keepdim=True)
+
+
+def expressions(x, size, num=30, seed=1):
+    r"""Smooth changes of a part of the surface, in front."""
+    rng = np.random.default_rng(seed)
+    front = (x[:, 2:] - 0.3).clamp(min=0)
+    waves = torch.from_numpy(rng.normal(size=(num, 3, 3)))
+    return x + size * front * torch.sin(3 * x @ waves)
+
+
+@pytest.mark.parametrize("num_vertices", [4, 20, 400, 3000])
+def test_rigid_motions_alone_look_unaligned(num_vertices):
+    x = shape(num_vertices).expand(20, -1, -1)
+    shift = torch.from_numpy(np.random.default_rng(3).normal(size=(20, 1, 3)))
+    assert looks_unaligned(x + 0.2 * shift)  # pushed
+    assert looks_unaligned(turned(x, 15)) and looks_unaligned(turned(x, 180))
+    assert looks_unaligned(turned(x, 180) + 100 * shift)
+    axis = torch.tensor([0.0, 0.4, 0.0], dtype=torch.double)
+    turntable = torch.linspace(0, 2, 20, dtype=torch.double).view(-1, 1) * axis
+    matrix = torch.from_numpy(Rotation.from_rotvec(turntable.numpy()).as_matrix())
+    assert looks_unaligned(x @ matrix.mT)
+    # All the same, or as good as: nothing to take away.
+    assert not looks_unaligned(x) and not looks_unaligned(x + 0.01 * shift)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
+def test_a_part_that_turns_in_its_joint_does_not(share):
+    # All meshes are in one pose, and the turning part may be most of what sets them apart.
+    x = ball().expand(30, -1, -1)
+    top = x[0, :, 1] > x[0, :, 1].quantile(1 - share)
+    joint = x[0, top].mean(dim=0) * torch.tensor([1.0, 0, 1.0])
+    bent = x.clone()
+    bent[:, top] = turned(x[:, top] - joint, 40) + joint
+    assert not looks_unaligned(bent)
+    aligned = align(bent).vertices
+    if share == 0.9:  # where the motion of the whole explains most of it, as the criterion was
+        spread = [(v - v.mean(dim=0)).square().sum() for v in (bent, aligned)]
+        assert spread[1] < 0.5 * spread[0]
+    assert looks_unaligned(turned(bent, 60) + torch.arange(30).view(-1, 1, 1))
+
+
+def test_faces_that_nod_a_little_do_not():
+    x = expressions(ball(), 0.1)
+    assert not looks_unaligned(x) and not looks_unaligned(turned(x, 1.5))
+    assert looks_unaligned(turned(x, 20))
+    assert looks_unaligned(x + torch.arange(30).view(-1, 1, 1) * 0.02)
+    shapes = ball() + 0.1 * torch.from_numpy(np.random.default_rng(5).normal(size=(30, 400, 3)))
+    assert not looks_unaligned(shapes) and not looks_unaligned(turned(shapes, 1.5))
+    assert looks_unaligned(moved(ball(), 30)[0]) and not looks_unaligned(shapes[:1])
 
 
 def test_bad_arguments():

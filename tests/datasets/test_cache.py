@@ -1,10 +1,13 @@
+import errno
 import mmap
 import multiprocessing
 import os
 import resource
+import sys
 import threading
 import time
 from collections import namedtuple
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +101,115 @@ def test_more_than_memory_can_be_mapped_and_written_to(tmp_path):
     assert (mapped_array(path)[num // 2, :2] == 0).all()
 
 
+def test_mapped_to_be_written_to_where_there_are_no_private_pages(tmp_path, monkeypatch):
+    # As Windows has it.
+    make(tmp_path, Source())
+    before = content(tmp_path)
+    monkeypatch.delattr(mmap, "MAP_PRIVATE")
+    array = mapped_array(tmp_path / "a.npy")
+    assert is_mapped(array) and np.array_equal(array, Source().vertices.astype(np.float32))
+    array[3] = 77
+    assert (array[3] == 77).all() and content(tmp_path) == before
+
+
+def test_files_are_closed_before_they_are_renamed(tmp_path, monkeypatch):
+    # Windows renames no file that is open or mapped, and replaces none either.
+    def held():
+        maps = open("/proc/self/maps").read()
+        files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        return [line for line in [*maps.splitlines(), *files] if line.endswith(".npy")]
+
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs a list of what is mapped")
+    renamed, replace = [], os.replace
+    monkeypatch.setattr(
+        os, "replace", lambda a, b: (renamed.append((str(b), held())), replace(a, b))
+    )
+    for _ in range(2):  # made anew, and in the place of damaged ones
+        make(tmp_path, Source())
+        flip_a_bit(tmp_path)
+    assert [Path(name).name for name, _ in renamed] == ["a.npz", "a.npy"] * 2
+    assert [files for name, files in renamed if name.endswith(".npy")] == [[], []]
+
+
+def test_without_a_stream_for_errors(tmp_path, monkeypatch):
+    # As programs without a console have it on Windows.
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", None)
+    arrays = make(tmp_path, Source())
+    assert np.array_equal(arrays["vertices"], Source().vertices.astype(np.float32))
+
+
+def test_progress_is_shown_after_two_seconds(tmp_path, capsys):
+    make(tmp_path / "short", Source())
+    assert capsys.readouterr().err == ""
+    make(tmp_path / "long", Source(pause=0.5))
+    assert "Making: 100%" in capsys.readouterr().err
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(ValueError, match=r"Expected to write to .*file"):
+        make(tmp_path / "file", Source())
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*args):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(ValueError, match=r"Expected to write to .*got: .*not implemented"):
+        make(tmp_path, Source())
+
+
+def test_those_who_waited_for_one_that_failed_take_turns(tmp_path):
+    # Two fail, and the third of those who wait makes the meshes: never two at once.
+    busy, most, errors, results = [0], [0], [], []
+
+    class Watched(Source):
+        def blocks(self, start):
+            busy[0] += 1
+            most[0] = max(most[0], busy[0])
+            try:
+                yield from super().blocks(start)
+            finally:
+                busy[0] -= 1
+
+    def work(source):
+        try:
+            results.append(make(tmp_path, source))
+        except ValueError as e:
+            errors.append(e)
+
+    sources = [Watched(fail_at=3, pause=0.02) for _ in range(2)]
+    failing = [threading.Thread(target=work, args=(s,)) for s in sources]
+    others = [threading.Thread(target=work, args=(Watched(pause=0.02),)) for _ in range(4)]
+    for thread in failing:
+        thread.start()
+    time.sleep(0.05)
+    for thread in others:
+        thread.start()
+    for thread in [*failing, *others]:
+        thread.join(timeout=60)
+    assert most == [1] and len(results) + len(errors) == 6 and len(results) >= 4
+    for arrays in results:
+        assert np.array_equal(arrays["vertices"], Source().vertices.astype(np.float32))
+    assert names(tmp_path) == ["a.npy", "a.npz"]
+
+
+def test_names_with_brackets(tmp_path):
+    # Which are a pattern to a search for files.
+    path = tmp_path / "a[1].npz"
+    for seed in (1, 2):
+        with pytest.raises(KeyboardInterrupt):
+            source = Source(fail_at=3, error=KeyboardInterrupt)
+            stored(path, {"seed": seed}, lambda s=source: s, "Making")
+    stored(path, {"seed": 3}, Source, "Making")
+    assert names(tmp_path) == ["a[1].npy", "a[1].npz"]
+
+
 def test_in_memory_where_asked_for(tmp_path):
     arrays = make(tmp_path, Source(), mapped=False)
     assert names(tmp_path) == ["a.npz"]
@@ -111,7 +223,7 @@ def test_goes_on_where_it_was_cut_off(tmp_path, cut):
     make(whole, Source())
     with pytest.raises(KeyboardInterrupt):
         make(killed, Source(fail_at=4, error=KeyboardInterrupt))
-    (partial,) = killed.iterdir()
+    (partial,) = killed.glob("*.npy")
     assert partial.name.startswith(".a.") and partial.name.endswith(".partial.npy")
     size = min(cut, partial.stat().st_size)
     os.truncate(partial, size)
@@ -120,6 +232,27 @@ def test_goes_on_where_it_was_cut_off(tmp_path, cut):
     make(killed, source)
     ends = 128 + 84 * np.cumsum([0, *SIZES])
     assert source.started == [max(int((ends <= size).sum()) - 1, 0)]
+    assert content(killed) == content(whole)
+
+
+@pytest.mark.parametrize("place", [3, 128 + 5, 128 + 84 * 4, 128 + 84 * 10, "sums", "no sums"])
+def test_goes_on_before_what_was_damaged(tmp_path, place):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    make(whole, Source())
+    with pytest.raises(KeyboardInterrupt):
+        make(killed, Source(fail_at=4, error=KeyboardInterrupt))
+    (partial,), (sums,) = killed.glob("*.npy"), killed.glob("*.sums")
+    if place == "no sums":
+        sums.unlink()
+    else:
+        file, place = (sums, 2 * 65 + 7) if place == "sums" else (partial, place)
+        data = bytearray(file.read_bytes())
+        data[place] ^= 1
+        file.write_bytes(data)
+    source = Source()
+    make(killed, source)
+    first = {3: 0, 128 + 5: 0, 128 + 84 * 4: 1, 128 + 84 * 10: 3, 2 * 65 + 7: 2, "no sums": 0}
+    assert source.started == [first[place]]
     assert content(killed) == content(whole)
 
 

@@ -4,10 +4,12 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 from torch_geometric.loader import DataLoader
 from torch_geometric.transforms import FaceToEdge
 
 from pyg_attnpool.datasets import MeshDataset
+from pyg_attnpool.datasets.inputs import blocks, check_meshes
 
 TEMPLATE = np.array([[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]), np.array([[0, 1, 2]])
 
@@ -172,6 +174,74 @@ def test_mini_batches_and_transform():
     assert batch.face.tolist() == [[0, 3, 6, 9], [1, 4, 7, 10], [2, 5, 8, 11]]
     assert batch.frame.tolist() == [0, 1, 2, 0]
     assert batch.subject == ["s0", "s0", "s0", "s1"]
+
+
+class Recorded:
+    r"""A transform that notes what it is given, and writes to it."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, data):
+        self.seen.append((data.subject, data.expression, data.frame))
+        data.pos += 100
+        data.face[:] = data.face.flip(0)
+        return data
+
+
+def test_a_transform_is_applied_once_to_a_copy_with_labels():
+    dataset, transform = sequences(3, ["calm", "angry"], 2), Recorded()
+    dataset.transform = transform
+    for access in (
+        lambda: dataset[7].pos[None],
+        lambda: dataset[4:][3].pos[None],
+        lambda: dataset.read(torch.tensor([7])),
+        lambda: dataset[torch.tensor([1, 7])].read(torch.tensor([1])),
+        lambda: next(iter(DataLoader(dataset[[7]], batch_size=1))).pos[None],
+        lambda: next(iter(blocks(dataset[[7]], 5))),
+    ):
+        for _ in range(2):  # the second time as the first
+            transform.seen.clear()
+            assert torch.equal(access(), torch.full((1, 3, 3), 107.0))
+            assert transform.seen == [("s1", "angry", 1)]
+    assert torch.equal(dataset.vertices[7], torch.full((3, 3), 7.0))
+    assert dataset.face.tolist() == [[0], [1], [2]]
+
+
+def test_a_transform_may_add_features():
+    dataset = sequences(2, ["calm"], 3)
+
+    def add(data):
+        data.x = torch.full((3, 2), float(data.frame))
+        return data
+
+    dataset.transform = add
+    assert dataset.vertices_shape == [6, 3, 5]
+    assert dataset.read(torch.tensor([2, 4]))[:, 0].tolist() == [[2, 2, 2, 2, 2], [4, 4, 4, 1, 1]]
+    # The number of features is that of the model, and no mesh has another.
+    check_meshes("meshes", dataset, 3, 5)
+    dataset.transform = lambda data: add(data) if data.frame else data
+    with pytest.raises(ValueError, match=r"features 'x' of shape None .*got \[3, 2\] in mesh 1"):
+        dataset.read(torch.tensor([0, 1]))
+
+
+def test_transforms_that_are_none():
+    dataset = sequences(1, ["calm"], 3)
+    dataset.transform = lambda data: None
+    with pytest.raises(TypeError, match=r"returns Data .got NoneType"):
+        dataset.read(torch.tensor([0]))
+    dataset.transform = lambda data: data if data.frame else Data(pos=data.pos[:2], face=data.face)
+    with pytest.raises(ValueError, match=r"'pos' of shape \[2, 3\] .*got \[3, 3\] in mesh 1"):
+        dataset.read(torch.tensor([0, 1]))
+    with pytest.raises(TypeError, match=r"callable 'transform' .got str"):
+        MeshDataset(torch.zeros(4, 3, 3), TEMPLATE, transform="center")
+
+
+def test_no_mesh_is_split_with_a_clear_line():
+    empty = sequences(1, ["calm"], 3)[:0]
+    for kind in ("interpolation", "independent", "sequence"):
+        with pytest.raises(ValueError, match="enough meshes for three parts .got 0"):
+            empty.split(kind)
 
 
 def test_import_needs_no_extra(tmp_path):

@@ -1,8 +1,11 @@
+import os
+
 import numpy as np
 import pytest
 import torch
 
 from pyg_attnpool.datasets import RegisteredMeshes, looks_unaligned
+from tests.mesh.meshes import icosphere
 
 pytest.importorskip("openmesh")
 FACES = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
@@ -290,3 +293,154 @@ def test_a_transform_is_applied_when_meshes_are_read(tmp_path):
     np.testing.assert_allclose(read.numpy(), expected, atol=1e-6)
     np.testing.assert_allclose(dataset[1].pos.numpy(), expected[0], atol=1e-6)
     assert torch.equal(dataset.face, torch.from_numpy(FACES.T))
+
+
+def test_numbers_sort_by_size_folder_by_folder(tmp_path):
+    names = [
+        "a/1.obj",
+        "a/2.obj",
+        "a/10.obj",
+        "a2/1.obj",
+        "a10/frame9.obj",
+        "a10/frame09b.obj",
+        "a10/frame10.obj",
+        "a b/0.obj",
+        "b.obj",
+        "mesh_1_20.obj",
+        "mesh_2_3.obj",
+        "\u00b21.obj",  # a superscript, a digit to str.isdigit alone
+        "\u0663.obj",  # three in Arabic
+    ]
+    meshes = dict(zip(names, tetrahedra(len(names)), strict=True))
+    for name in sorted(names):
+        write_obj(tmp_path / name, meshes[name])
+    dataset = RegisteredMeshes(tmp_path)
+    assert dataset.name == names
+    np.testing.assert_allclose(dataset.vertices.numpy(), list(meshes.values()), atol=1e-6)
+
+
+def test_hidden_and_temporary_files_are_no_meshes(tmp_path):
+    mesh = tetrahedra(1)[0]
+    write_obj(tmp_path / "1.obj", mesh)
+    skipped = (".1.obj", "~$1.obj", "1.tmp.obj", "1.part.obj", ".git/1.obj", "__MACOSX/s/._1.obj")
+    for name in (*skipped, "1.obj~", "1.obj.part", "~old/1.obj"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("no mesh")
+    assert RegisteredMeshes(tmp_path).name == ["1.obj"]
+
+
+def test_a_link_to_nowhere_is_a_missing_mesh(tmp_path):
+    write_obj(tmp_path / "1.obj", tetrahedra(1)[0])
+    try:
+        (tmp_path / "2.obj").symlink_to(tmp_path / "gone.obj")
+    except OSError:
+        pytest.skip("no links here")
+    with pytest.raises(FileNotFoundError, match=r"2\.obj"):
+        RegisteredMeshes(tmp_path)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_same_surface_in_another_order(tmp_path, cached):
+    meshes, rng = tetrahedra(4), np.random.default_rng(1)
+    cache = tmp_path / "cache" if cached else None
+    write_obj(tmp_path / "s" / "0.obj", meshes[0])
+    for i, mesh in enumerate(meshes[1:], start=1):
+        faces = [np.roll(face, rng.integers(3)) for face in rng.permutation(FACES)]
+        write_obj(tmp_path / "s" / f"{i}.obj", mesh, np.array(faces))
+    dataset = RegisteredMeshes(tmp_path / "s", same_surface=True, cache=cache)
+    np.testing.assert_allclose(dataset.vertices.numpy(), meshes, atol=1e-6)
+    assert np.array_equal(dataset.template[1], FACES)
+    # What was stored for those who take it is not for those who do not.
+    with pytest.raises(ValueError, match=r"1\.obj .got .* at face 2, the same surface: 'same_surf"):
+        RegisteredMeshes(tmp_path / "s", cache=cache)
+
+
+def test_another_surface_is_refused_by_its_first_face(tmp_path):
+    meshes = tetrahedra(2)
+    write_obj(tmp_path / "0.obj", meshes[0])
+    turned = FACES[[3, 2, 1, 0]][:, [1, 2, 0]]
+    flipped = turned.copy()
+    flipped[2] = flipped[2, ::-1]
+    twice = turned.copy()
+    twice[3] = twice[1]
+    for faces, got in (
+        (flipped, rf"\[{flipped[2, 0]}, {flipped[2, 1]}, {flipped[2, 2]}\] at face 2, which"),
+        (twice, r"at face 3, which it does not have"),
+        (turned[:3], "3 instead of 4"),
+    ):
+        write_obj(tmp_path / "1.obj", meshes[1], faces)
+        with pytest.raises(ValueError, match=rf"surface of .*0\.obj in .*1\.obj .got {got}|{got}"):
+            RegisteredMeshes(tmp_path, same_surface=True)
+        with pytest.raises(ValueError, match=r"faces of .*0\.obj in .*1\.obj"):
+            RegisteredMeshes(tmp_path)
+
+
+def test_the_cache_knows_files_by_their_content(tmp_path, capsys):
+    # Large enough that the change is neither at the beginning nor at the end of the file.
+    vertices, faces = icosphere(4)
+    write_obj(tmp_path / "s" / "0.obj", vertices, faces)
+    path = tmp_path / "s" / "0.obj"
+    first = RegisteredMeshes(tmp_path / "s", cache=tmp_path / "c").vertices.clone()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    lines = path.read_text().splitlines()
+    middle = len(vertices) // 2
+    lines[middle] = "v " + "0.125".ljust(len(lines[middle]) - 11, "0") + " 0.5 0.75"
+    size = path.stat().st_size
+    path.write_text("\n".join(lines) + "\n")
+    assert path.stat().st_size == size
+    os.utime(path, ns=times)
+    changed = RegisteredMeshes(tmp_path / "s", cache=tmp_path / "c").vertices.clone()
+    assert (changed != first).any(dim=-1)[0].nonzero().flatten().tolist() == [middle]
+    # Files that are as they were are not read again, whatever their times say.
+    capsys.readouterr()
+    os.utime(path, ns=(0, 0))
+    again = RegisteredMeshes(tmp_path / "s", cache=tmp_path / "c")
+    assert torch.equal(again.vertices, changed) and capsys.readouterr().out == ""
+
+
+def test_folders_alike_but_for_their_content(tmp_path):
+    meshes = np.round(tetrahedra(2), 3) + 1
+    for place, mesh in zip("ab", meshes, strict=True):
+        write_obj(tmp_path / place / "scans" / "0.obj", mesh)
+        path = tmp_path / place / "scans" / "0.obj"
+        path.write_text(path.read_text().ljust(400))
+        os.utime(path, (10**9, 10**9))
+    for place, mesh in zip("abab", [*meshes, *meshes], strict=True):
+        dataset = RegisteredMeshes(tmp_path / place / "scans", cache=tmp_path / "c")
+        np.testing.assert_allclose(dataset.vertices[0].numpy(), mesh, atol=1e-6)
+    # One in the place of the other.
+    (tmp_path / "a").rename(tmp_path / "d")
+    (tmp_path / "b").rename(tmp_path / "a")
+    dataset = RegisteredMeshes(tmp_path / "a" / "scans", cache=tmp_path / "c")
+    np.testing.assert_allclose(dataset.vertices[0].numpy(), meshes[1], atol=1e-6)
+
+
+def test_the_motion_taken_away_is_kept(tmp_path):
+    scipy = pytest.importorskip("scipy.spatial.transform")
+    shapes = tetrahedra(6)
+    turns = scipy.Rotation.random(6, random_state=0)
+    moved = np.stack(
+        [turn.apply(mesh) + i for i, (turn, mesh) in enumerate(zip(turns, shapes, strict=True))]
+    )
+    for i, mesh in enumerate(moved[:5]):
+        write_obj(tmp_path / f"{i}.obj", 1000 * mesh)
+    dataset = RegisteredMeshes(tmp_path, unit="mm", align=True)
+    motion = dataset.alignment
+    assert torch.equal(motion.vertices, dataset.vertices)
+    back = motion.undo(dataset.vertices)
+    np.testing.assert_allclose(back.numpy(), moved[:5], atol=1e-5)
+    part = dataset[torch.tensor([3, 1])].alignment
+    np.testing.assert_allclose(part.undo(part.vertices).numpy(), moved[[3, 1]], atol=1e-5)
+
+    # A scan that was not there comes into the pose, and what is made of it goes back.
+    scan = torch.from_numpy(moved[5:]).float()
+    brought = motion.bring(scan)
+    assert (brought.vertices - motion.mean).norm() < 0.6 < (scan - motion.mean).norm()
+    np.testing.assert_allclose(brought.undo(brought.vertices), scan, atol=1e-5)
+    np.testing.assert_allclose(
+        brought.undo(brought.vertices + 0.01)[0],
+        (scan[0] + 0.01 * brought.rotation[0].float().sum(dim=0)),
+        atol=1e-5,
+    )
+    assert RegisteredMeshes(tmp_path).alignment is None

@@ -66,3 +66,10 @@ def test_a_tenth_is_test_and_none_of_it_validation(tmp_path):
 def test_without_the_data_it_says_whom_to_ask(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"at .*hands.*arxiv\.org/abs/1808\.09208"):
         SynHand(tmp_path / "hands")
+
+
+def test_files_are_in_the_plain_order_of_their_names(tmp_path):
+    for i in (1, 2, 10):
+        write_mesh(tmp_path / f"hand{i}.ply", i * TEMPLATE, FACES)
+    assert SynHand(tmp_path).name == ["hand1.ply", "hand10.ply", "hand2.ply"]
+    assert RegisteredMeshes(tmp_path).name == ["hand1.ply", "hand2.ply", "hand10.ply"]

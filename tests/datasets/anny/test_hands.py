@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool.datasets import AnnyHands
+from pyg_attnpool.datasets import AnnyHands, align, looks_unaligned
 from pyg_attnpool.datasets.anny import hands as anny_hands
 from pyg_attnpool.datasets.anny.hands import LIMITS, draw_poses, rotation_vectors
 from pyg_attnpool.mesh.io import check_mesh
@@ -148,6 +148,16 @@ def test_nine_tenths_are_for_training_and_validation(hands):
     assert hands.subject is None
     with pytest.raises(ValueError, match="known 'subject'"):
         hands.split("sequence")
+
+
+def test_hands_that_bend_are_aligned(hands):
+    x = hands.vertices
+    assert not looks_unaligned(x) and not any(looks_unaligned(part) for part in x.split(25))
+    # A motion of the whole would bring them closer all the same.
+    aligned = align(x).vertices
+    spread = [float((v - v.mean(dim=0)).square().sum()) for v in (x, aligned)]
+    assert spread[1] < 0.5 * spread[0]
+    assert looks_unaligned(x + 0.1 * torch.randn(len(x), 1, 3))
 
 
 def test_bad_arguments(tmp_path):
