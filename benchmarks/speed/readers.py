@@ -2,9 +2,9 @@ r"""Readers of mesh files on good and damaged ones: what each gets right, and wh
 process that asks.
 
 Every file of the fuzzer's corpus (``tests/hostile/corpus.py``) is read by every library in a
-process with a gibibyte of memory to spare and five seconds a file. The truth is the strict reader of
-the tests. Vertices may differ by single precision and faces may stand in another order, as long as
-they are the same; a file of STL has no vertices, so its corners count.
+process with a gibibyte of memory to spare and five seconds a file. The truth is the strict reader
+of the tests. Vertices may differ by single precision and faces may stand in another order, as long
+as they are the same; a file of STL has no vertices, so its corners count.
 """
 
 import collections
