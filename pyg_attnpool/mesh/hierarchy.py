@@ -14,10 +14,11 @@ from pyg_attnpool.files import digest, read_arrays, replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
 from pyg_attnpool.mesh.io import check_mesh, edges, read_mesh
-from pyg_attnpool.mesh.qem import decimate
+from pyg_attnpool.mesh.qem import FewestVertices, decimate
 from pyg_attnpool.mesh.spiral import reference_vertices, spiral_sequences
 
-VERSION = 1  # of the file, and of the way a hierarchy is made from a template
+VERSION = 1  # of the file
+RECIPE = 2  # of making a hierarchy from a template, as a cache must know
 
 
 class MeshHierarchy:
@@ -81,6 +82,10 @@ class MeshHierarchy:
     ) -> MeshHierarchy:
         r"""Simplifies a template level by level (:meth:`~pyg_attnpool.mesh.qem.decimate`).
 
+        Components stay as long as the counts allow. Where :obj:`factors` lead below the fewest
+        vertices that the components need, all factors shrink alike until the coarsest level has
+        these; :obj:`num_vertices` are kept to, and components end. Both give a warning.
+
         Args:
             template (str, Path or tuple): A mesh file, or vertices :obj:`[N, 3]` and faces
                 :obj:`[F, 3]`: an orientable manifold with or without boundary, of any number of
@@ -104,17 +109,21 @@ class MeshHierarchy:
 
         path = None
         if cache is not None:
-            path = Path(cache) / f"hierarchy-{_source(vertices, faces, counts)[:16]}.npz"
+            name = _source(vertices, faces, [RECIPE, num_vertices is None, *counts])
+            path = Path(cache) / f"hierarchy-{name[:16]}.npz"
             if path.exists():
                 try:
                     hierarchy = cls.load(path)
-                    if hierarchy._source() == _source(vertices, faces, counts):
+                    got = hierarchy.vertices[0], hierarchy.faces[0]
+                    if len(hierarchy.down) == len(counts) - 1 and all(
+                        map(np.array_equal, got, (vertices, faces))
+                    ):
                         return hierarchy
                 except ValueError as e:
                     warnings.warn(f"{e}; made again from the template", stacklevel=2)
 
         all_vertices, all_faces, down, up = [vertices], [faces], [], []
-        for index, coarse_faces in decimate(vertices, faces, counts[1:]):
+        for index, coarse_faces in _decimated(vertices, faces, counts, num_vertices is None):
             fine, coarse = all_vertices[-1], all_vertices[-1][index]
             down.append(
                 Mapping(
@@ -265,11 +274,48 @@ def _counts(
         # A list may name the template's own count first, as `num_vertices` of a hierarchy does.
         wanted = [int(n) for n in wanted]
         counts += wanted[1:] if wanted[:1] == counts else wanted
-    if len(counts) < 2 or min(counts) < 3:
+    if len(counts) < 2 or (wanted is not None and min(counts) < 3):
         raise ValueError(
             f"Expected at least one coarser level, of at least three vertices each (got {counts})"
         )
     return counts
+
+
+def _shrunk(counts: Sequence[int], least: int) -> list[int]:
+    # As many levels, by factors of one power less each, down to the fewest vertices.
+    power = np.log(least / counts[0]) / np.log(counts[-1] / counts[0])
+    shrunk = [counts[0], *(int(np.ceil(counts[0] * (n / counts[0]) ** power)) for n in counts[1:])]
+    shrunk[-1] = least
+    for level in reversed(range(1, len(counts) - 1)):
+        shrunk[level] = max(shrunk[level], shrunk[level + 1] + 1)
+    if shrunk[1] >= counts[0]:
+        raise ValueError(
+            f"Expected at most {max(counts[0] - least, 0)} coarser levels of a template of "
+            f"{counts[0]} vertices, down to {least} (got {len(counts) - 1})"
+        )
+    return shrunk
+
+
+def _decimated(
+    vertices: ndarray, faces: ndarray, counts: list[int], by_factors: bool
+) -> list[tuple[ndarray, ndarray]]:
+    if not by_factors:
+        return decimate(vertices, faces, counts[1:])
+    asked = counts
+    counts = counts if counts[-1] >= 3 else _shrunk(counts, 3)
+    while True:
+        try:
+            levels = decimate(vertices, faces, counts[1:], False)
+            break
+        except FewestVertices as e:
+            counts = _shrunk(counts, max(e.least, counts[-1] + 1))
+    if counts != asked:
+        warnings.warn(
+            f"The factors lead to levels of {asked[1:]} vertices, fewer than the components of the "
+            f"template need: the levels have {counts[1:]}",
+            stacklevel=3,
+        )
+    return levels
 
 
 def _source(vertices: ndarray, faces: ndarray, counts: Sequence[int]) -> str:

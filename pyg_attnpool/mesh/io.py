@@ -21,6 +21,7 @@ from pyg_attnpool.mesh.formats import (
 
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl}
 SUFFIXES = tuple(READERS)
+REPAIR = "; pyg_attnpool.mesh.repair mends it, and takes registered meshes along"
 FEATURES = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}  # of PLY files
 
 
@@ -142,6 +143,30 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
             orientation, a vertex joins two fans of faces, or is part of none; the message names
             the first.
     """
+    vertices, faces = check_arrays(vertices, faces)
+    broken = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
+    if len(broken) > 0:
+        raise ValueError(
+            f"Expected finite vertices (got {vertices[broken[0]].tolist()} at vertex {broken[0]})"
+        )
+    repeated = np.flatnonzero((faces == np.roll(faces, 1, axis=1)).any(axis=1))
+    if len(repeated) > 0:
+        raise ValueError(
+            f"Expected faces of three different vertices "
+            f"(got {faces[repeated[0]].tolist()} at face {repeated[0]}){REPAIR}"
+        )
+    lonely = np.flatnonzero(np.bincount(faces.ravel(), minlength=len(vertices)) == 0)
+    if len(lonely) > 0:
+        raise ValueError(
+            f"Expected every vertex to be part of a face (got {len(lonely)} that are not, the "
+            f"first is vertex {lonely[0]}){REPAIR}"
+        )
+    _check_manifold(faces, len(vertices))
+    return vertices, faces
+
+
+def check_arrays(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
+    r"""What can be said of vertices and faces before what they make up: types, shapes and range."""
     vertices, faces = np.asarray(vertices), np.asarray(faces)
     if not np.issubdtype(vertices.dtype, np.floating):
         raise TypeError(f"Expected floating point vertices (got {vertices.dtype})")
@@ -158,29 +183,11 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
             f"(got {len(vertices)} vertices and {len(faces)} faces)"
         )
     vertices, faces = vertices.astype(np.float64), faces.astype(np.int64)
-    broken = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
-    if len(broken) > 0:
-        raise ValueError(
-            f"Expected finite vertices (got {vertices[broken[0]].tolist()} at vertex {broken[0]})"
-        )
     if faces.min() < 0 or faces.max() >= len(vertices):
         raise ValueError(
             f"Expected faces of vertices 0 to {len(vertices) - 1} "
             f"(got {faces.min()} to {faces.max()})"
         )
-    repeated = np.flatnonzero((faces == np.roll(faces, 1, axis=1)).any(axis=1))
-    if len(repeated) > 0:
-        raise ValueError(
-            f"Expected faces of three different vertices "
-            f"(got {faces[repeated[0]].tolist()} at face {repeated[0]})"
-        )
-    lonely = np.flatnonzero(np.bincount(faces.ravel(), minlength=len(vertices)) == 0)
-    if len(lonely) > 0:
-        raise ValueError(
-            f"Expected every vertex to be part of a face (got {len(lonely)} that are not, the "
-            f"first is vertex {lonely[0]})"
-        )
-    _check_manifold(faces, len(vertices))
     return vertices, faces
 
 
@@ -221,13 +228,13 @@ def _check_manifold(faces: ndarray, num_vertices: int) -> None:
         a, b = divmod(int(edge[count.argmax()]), num_vertices)
         raise ValueError(
             f"Expected a manifold mesh, at most two faces at an edge "
-            f"(got {count.max()} at the edge of vertices {a} and {b})"
+            f"(got {count.max()} at the edge of vertices {a} and {b}){REPAIR}"
         )
     if directed_count.max() > 1:
         a, b = divmod(int(directed[directed_count.argmax()]), num_vertices)
         raise ValueError(
             f"Expected faces of one orientation (got two opposite ones at the edge of vertices "
-            f"{a} and {b})"
+            f"{a} and {b}){REPAIR}"
         )
     # Around a vertex, every face leads from one neighbour to the next. On a manifold that is one
     # cycle or one path: as many fans as there are components among the corners of the vertex.
@@ -246,7 +253,7 @@ def _check_manifold(faces: ndarray, num_vertices: int) -> None:
         vertex = int(np.bincount(owner).argmax())
         raise ValueError(
             f"Expected a manifold mesh, one fan of faces around a vertex "
-            f"(got {np.bincount(owner).max()} at vertex {vertex})"
+            f"(got {np.bincount(owner).max()} at vertex {vertex}){REPAIR}"
         )
 
 

@@ -1,5 +1,6 @@
 r"""Mesh simplification that keeps original vertices, and the way back up."""
 
+import warnings
 from collections.abc import Sequence
 from heapq import heapify, heappop, heappush
 from itertools import pairwise
@@ -15,11 +16,30 @@ BOUNDARY = 1.0  # weight of the planes that hold the boundary
 FLAT = 1e-3  # weight of the distance moved, which decides where the surface is flat
 MIN_COSINE = 0.2  # between the normals of a face before and after it changes
 SWEEPS = 3  # of moving kept vertices to where the surface comes closer
+SMALL = 4  # vertices of the smallest closed surface
 CHUNK = 1 << 19  # pairs of a point and a face measured at a time
 
 
+class FewestVertices(ValueError):
+    r"""A vertex count is lower than that which collapses of edges lead to.
+
+    Args:
+        least (int): The latter.
+        count (int): The vertices asked for.
+        components (int): The components that share them.
+    """
+
+    def __init__(self, least: int, count: int, components: int):
+        self.least = least
+        super().__init__(
+            f"Expected a level of at least {least} vertices for "
+            f"{components} component{'s' * (components > 1)}, the fewest that collapses of edges "
+            f"lead to (got {count})"
+        )
+
+
 def decimate(
-    vertices: ndarray, faces: ndarray, num_vertices: Sequence[int]
+    vertices: ndarray, faces: ndarray, num_vertices: Sequence[int], drop: bool = True
 ) -> list[tuple[ndarray, ndarray]]:
     r"""Simplifies a mesh by edge collapse in the order of the quadric error metric from the
     `"Surface Simplification Using Quadric Error Metrics"
@@ -35,8 +55,11 @@ def decimate(
     collapse is refused where it would break the manifold (link condition), pull a boundary inwards
     or turn a face by more than 78° or away from the normals gathered at its corners. The last is
     given up only where nothing else leads to the count asked for; after that, whole components go,
-    the smallest area first. Finally, kept vertices change places with neighbours of theirs where
-    that brings the original vertices closer to the coarse surface.
+    that first whose vertices are closest to what stays. A component of at most four vertices goes
+    as well where it is closer to the others than it is wide, as an eyeball is to a head, and these,
+    with its vertices, come closer to the original ones on average than with it. A warning tells
+    which components end. Finally, kept vertices change places with
+    neighbours of theirs where that brings the original vertices closer to the coarse surface.
 
     The result does not depend on the order of vertices and faces unless vertices coincide.
 
@@ -45,6 +68,8 @@ def decimate(
         faces (numpy.ndarray): Faces :obj:`[F, 3]` of an orientable manifold with or without
             boundary.
         num_vertices (list): The vertex count of every level wanted, from fine to coarse.
+        drop (bool, optional): If :obj:`False`, a count too low for all components is an error.
+            (default: :obj:`True`)
 
     Returns:
         For every level the kept vertices :obj:`[num_vertices]` as ascending indices into the level
@@ -52,7 +77,7 @@ def decimate(
 
     Raises:
         ValueError: If the mesh is not valid, the counts do not descend, or there is no manifold of
-            so few vertices.
+            so few vertices (:class:`FewestVertices`).
     """
     vertices, faces = check_mesh(vertices, faces)
     counts = [len(vertices), *num_vertices]
@@ -74,7 +99,8 @@ def decimate(
     kept = np.arange(len(vertices))
     for count in num_vertices:
         fine = faces
-        faces, quadrics = _collapse(points, fine, quadrics, count)
+        faces, quadrics = _collapse(points, fine, quadrics, count, drop)
+        _tell_ends(fine, faces, order)
         for _ in range(SWEEPS):
             moved = _better_vertices(points, quadrics[:, 10:], fine, faces)
             faces, quadrics = moved[faces], quadrics[moved]
@@ -86,20 +112,69 @@ def decimate(
 
 
 def _collapse(
-    points: ndarray, faces: ndarray, quadrics: ndarray, count: int
+    points: ndarray, faces: ndarray, quadrics: ndarray, count: int, drop: bool
 ) -> tuple[ndarray, ndarray]:
     # The faces and quadrics of a mesh of `count` vertices; vertices keep their numbers.
     remaining = faces
-    while True:
+    left, found, sums = _collapse_edges(points, remaining, quadrics, count)
+    while left > count:
+        components = _components(remaining)
+        remaining = remaining[components != _cheapest(points, remaining, found)[0]]
+        if not drop or len(np.unique(remaining)) < count:
+            raise FewestVertices(left, count, int(components.max()) + 1)
         left, found, sums = _collapse_edges(points, remaining, quadrics, count)
-        if left == count:
-            return found, sums
-        remaining = remaining[~_smallest_component(points, remaining)]
-        if len(np.unique(remaining)) < count:
-            raise ValueError(
-                f"Expected a level of at least {left} vertices below one of "
-                f"{len(np.unique(faces))}, the fewest that edge collapses lead to (got {count})"
-            )
+
+    # A component at its last vertices may be worth less than they are to the others.
+    distance = None
+    while (components := _components(found)).max() > 0:
+        smallest = np.bincount(components).argmin()
+        if len(np.unique(found[components == smallest])) > SMALL:
+            break
+        component, away = _cheapest(points, remaining, found)
+        ends = _components(remaining) == component
+        fewer = remaining[~ends]
+        width = np.ptp(points[remaining[ends]].reshape(-1, 3), axis=0).max()
+        if away > width or len(np.unique(fewer)) < count:
+            break
+        left, other, other_sums = _collapse_edges(points, fewer, quadrics, count)
+        if distance is None:
+            distance = closest_points(points, points, found)[2].mean()
+        other_distance = closest_points(points, points, other)[2].mean()
+        if left > count or other_distance >= distance:
+            break
+        remaining, found, sums, distance = fewer, other, other_sums, other_distance
+    return found, sums
+
+
+def _cheapest(points: ndarray, fine: ndarray, coarse: ndarray) -> tuple[int, float]:
+    # The component of the fine mesh whose vertices are closest, by the sum of their distances, to
+    # the coarse surface of the others, and their mean distance.
+    components = _components(fine)
+    label = np.full(len(points), -1)
+    label[fine] = components[:, None]
+    cost = np.full(components.max() + 1, np.inf)
+    for component in range(len(cost)):
+        others = coarse[label[coarse[:, 0]] != component]
+        if len(others) > 0:
+            cost[component] = closest_points(points[label == component], points, others)[2].sum()
+    cheapest = int(cost.argmin())
+    return cheapest, float(cost[cheapest] / (label == cheapest).sum())
+
+
+def _tell_ends(fine: ndarray, coarse: ndarray, order: ndarray) -> None:
+    # Which components of a level do not reach the next, each by one of its vertices.
+    components = _components(fine)
+    reached = np.isin(fine, coarse).any(axis=1)
+    ended = np.setdiff1d(components, components[reached])
+    if len(ended) > 0:
+        named = [int(order[fine[components == c]].min()) for c in ended]
+        shown = ", ".join(map(str, sorted(named)[:8])) + ", ..." * (len(named) > 8)
+        warnings.warn(
+            f"{len(ended)} of {components.max() + 1} components end before the level of "
+            f"{len(np.unique(coarse))} vertices, those of vertices {shown}: it is too "
+            f"small for all, or serves the others better",
+            stacklevel=3,
+        )
 
 
 def _collapse_edges(
@@ -311,17 +386,16 @@ class _Groups:
         return self.order[self.start[groups][place] + offset], place
 
 
-def _smallest_component(points: ndarray, faces: ndarray) -> ndarray:
-    # Which faces belong to the component of least area.
+def _components(faces: ndarray) -> ndarray:
+    # The component of every face, from 0 without gaps.
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
+    used, faces = np.unique(faces, return_inverse=True)
+    faces = faces.reshape(-1, 3)
     pairs = np.concatenate([faces[:, :2], faces[:, 1:]])
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(points), len(points)))
-    label = connected_components(graph, directed=False)[1][faces[:, 0]]
-    area = np.bincount(label, np.linalg.norm(_normals(points, faces), axis=1))
-    present = np.unique(label)
-    return label == present[area[present].argmin()]
+    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(used), len(used)))
+    return connected_components(graph, directed=False)[1][faces[:, 0]]
 
 
 def _normals(points: ndarray, faces: ndarray) -> ndarray:

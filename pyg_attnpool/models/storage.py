@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch_geometric.nn import MessagePassing
 
-from pyg_attnpool.files import replacing_folder
+from pyg_attnpool.files import replacing_folder, whole_folder
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
 from pyg_attnpool.models.pca import PCA
@@ -71,7 +71,7 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
     r"""Reads a model; see :meth:`MorphableModel.load`."""
     from pyg_attnpool.models.morphable import MorphableModel
 
-    folder = Path(folder)
+    folder = whole_folder(folder)
     config = _read_config(folder)
     content = (folder / WEIGHTS).read_bytes()
     hierarchy = None

@@ -4,7 +4,7 @@ import torch
 
 from pyg_attnpool import Mapping
 from pyg_attnpool.mesh import MeshHierarchy, decimate, hierarchy, write_mesh
-from tests.mesh.meshes import blob, closest_distance, icosphere
+from tests.mesh.meshes import blob, closest_distance, icosphere, join, topology, torus
 
 TEMPLATE = blob(3, seed=0, hole=True)
 
@@ -73,6 +73,46 @@ def test_flat_template_has_finite_positions():
     flat = MeshHierarchy.from_template((np.stack([x, y, 0 * x], -1).reshape(-1, 3), faces), [8])
     assert torch.isfinite(flat.positions(1)).all()
     assert (flat.positions(1)[:, 2] == 0).all()
+
+
+def test_every_component_stays_by_default(tmp_path):
+    ball, triangles = icosphere(1)
+    spheres = [(ball + np.array([i % 4, i // 4, 0]) * 3, triangles) for i in range(16)]
+    template = join(*spheres)
+    with pytest.warns(UserWarning, match=r"\[168, 42, 11, 3\] vertices, fewer than .* need"):
+        mesh = MeshHierarchy.from_template(template, cache=tmp_path)
+    assert len(mesh.num_vertices) == 5 and mesh.num_vertices[-1] == 64
+    assert [topology(faces)[0] for faces in mesh.faces] == [16] * 5
+    # No vertex comes back on the surface of another sphere.
+    x = torch.from_numpy(mesh.vertices[-1])
+    for up in reversed(mesh.up):
+        x = up @ x
+    assert np.linalg.norm(x.numpy() - template[0], axis=1).max() < 1.5
+    (path,) = tmp_path.iterdir()
+    written = path.stat().st_mtime_ns
+    assert same(MeshHierarchy.from_template(template, cache=tmp_path), mesh)
+    assert path.stat().st_mtime_ns == written
+    # Counts are kept to, and what ends is named.
+    with pytest.warns(UserWarning, match="6 of 16 components end before the level of 42 vertices"):
+        counted = MeshHierarchy.from_template(template, num_vertices=[168, 42])
+    assert counted.num_vertices == [672, 168, 42]
+
+
+def test_factors_stop_at_what_the_template_needs():
+    for template, least in ((icosphere(1), 4), (torus(9, 7), 7)):
+        with pytest.warns(UserWarning, match="fewer than the components of the template need"):
+            mesh = MeshHierarchy.from_template(template)
+        assert len(mesh.num_vertices) == 5
+        assert mesh.num_vertices[-1] >= least
+        assert [topology(faces)[:2] for faces in mesh.faces] == [topology(template[1])[:2]] * 5
+    with pytest.raises(ValueError, match="at most 2 coarser levels of a template of 5 vertices"):
+        MeshHierarchy.from_template(bipyramid())
+
+
+def bipyramid():
+    vertices = np.array([[1, 0, 0], [-0.5, 0.9, 0], [-0.5, -0.9, 0], [0, 0, 1], [0, 0, -1.0]])
+    faces = [[0, 1, 3], [1, 2, 3], [2, 0, 3], [1, 0, 4], [2, 1, 4], [0, 2, 4]]
+    return vertices, np.array(faces)
 
 
 def test_template_file(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from pyg_attnpool.mesh import check_mesh, decimate
+from pyg_attnpool.mesh.qem import FewestVertices
 from tests.mesh.meshes import blob, closest_distance, icosphere, join, topology, torus
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden/qem.npz", allow_pickle=False)
@@ -90,10 +91,37 @@ def test_boundary_keeps_its_shape():
 def test_components_go_when_the_count_demands_it():
     spheres = [(icosphere(1)[0] * s + 3 * i, icosphere(1)[1]) for i, s in enumerate((1, 0.5, 0.7))]
     vertices, faces = join(*spheres)
-    kept, coarse = list(levels_of(vertices, faces, [60, 9]))[-1]
+    with pytest.warns(
+        UserWarning, match="1 of 3 components end before the level of 9 vertices, those"
+    ):
+        kept, coarse = list(levels_of(vertices, faces, [60, 9]))[-1]
     assert len(kept) == 9
     assert topology(coarse)[0] == 2
-    assert set((kept // 42).tolist()) == {0, 2}  # the smallest sphere went
+    assert set((kept // 42).tolist()) == {0, 2}  # the sphere closest to the others went
+    with pytest.raises(FewestVertices, match=r"at least 12 vertices for 3 components.* .got 9"):
+        decimate(vertices, faces, [60, 9], drop=False)
+
+
+def test_components_that_cost_the_surface_little_give_up_their_last_vertices():
+    # A head with two eyeballs: four vertices each are a fifth of the coarsest level.
+    ball, triangles = icosphere(2)
+    eyes = [(0.1 * ball + [0.3 * side, 0.5, 0.6], triangles) for side in (-1, 1)]
+    vertices, faces = join(blob(3, seed=0), *eyes)
+    counts = [len(vertices) // 4, len(vertices) // 16, 16]
+    with pytest.warns(UserWarning, match="2 of 3 components end before the level of 16 vertices"):
+        levels = list(levels_of(vertices, faces, counts))
+    assert [topology(coarse)[0] for _, coarse in levels] == [3, 3, 1]
+    kept, coarse = levels[-1]
+    assert len(kept) == 16
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pyg_attnpool.mesh.qem.SMALL", 0)
+        with_eyes, its_faces = list(levels_of(vertices, faces, counts))[-1]
+    assert topology(its_faces)[0] == 3
+    distance = closest_distance(vertices, vertices[kept], coarse).mean()
+    assert distance < 0.9 * closest_distance(vertices, vertices[with_eyes], its_faces).mean()
+    # Far apart, they cost the surface much, and stay.
+    vertices, faces = join(blob(3, seed=0), *[(v + 9 * i, f) for i, (v, f) in enumerate(eyes, 1)])
+    assert [topology(coarse)[0] for _, coarse in levels_of(vertices, faces, counts)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("seed", range(3))
