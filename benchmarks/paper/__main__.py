@@ -14,11 +14,11 @@ COMMANDS["sharpening"] = (sharpening.ABOUT, sharpening.SharpeningOptions, sharpe
 
 PROGRAM = "python -m benchmarks.paper"
 EXAMPLES = f"""\
-    {PROGRAM} table1                             faces made here, three seeds
-    {PROGRAM} table1 --scale smoke --seeds 0     whether it works, in seconds
-    {PROGRAM} table1 --data coma --scale full    your copy of COMA, as published
-    {PROGRAM} table1 --data my/scans --unit mm   your own registered meshes
-    {PROGRAM} figure3 --jobs 2 --resume          two runs side by side, from where they were
+    {PROGRAM} table1                            # faces made here, three seeds
+    {PROGRAM} table1 --scale smoke --seeds 0    # whether it works, in seconds
+    {PROGRAM} table1 --data coma --scale full   # your copy of COMA, as published
+    {PROGRAM} table1 --data my/scans --unit mm  # your own registered meshes
+    {PROGRAM} figure3 --jobs 2 --resume         # two at a time; goes on
 """
 
 

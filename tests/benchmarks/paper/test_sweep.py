@@ -73,6 +73,20 @@ def test_fixed_attention_learns_no_mapping(options):
     assert fixed["mean"] != learned["mean"]
 
 
+def test_no_pca_of_more_components_than_meshes(options):
+    table = {
+        size: {"QEM": Setting(spectral("qem", size)), "PCA": Setting(pca(size))}
+        for size in (36, 37)
+    }
+    found = sweep(replace(FEW, table=table), replace(options, seeds=(0,)))[options.data[0]]
+    assert list(found[36]) == ["QEM", "PCA"] and list(found[37]) == ["QEM"]
+    # Meshes stretched along three axes are linear in three numbers.
+    assert found[36]["PCA"].rows[0]["alive"] == "3" and found[36]["PCA"].mean() < 1e-4
+    text = (options.output / "few.md").read_text(encoding="utf-8")
+    (last,) = (line for line in text.splitlines() if line.startswith("| 37 |"))
+    assert last.endswith(" | - | - |")
+
+
 class Killed(Exception):
     pass
 
