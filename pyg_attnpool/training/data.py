@@ -29,13 +29,16 @@ class _Meshes(Dataset):
 
     def __getitem__(self, index: Tensor) -> Tensor:
         if isinstance(self.x, MeshDataset):
+            if len(index) == 0:  # which a transform of PyG cannot stack
+                return self.x.read(torch.zeros(1, dtype=torch.long))[:0]
             return check_finite("meshes", self.x.read(index), index)
         return self.x[index]
 
 
 class _Batches(DistributedSampler):
-    # The order of an epoch follows from seed and epoch alone, so a resumed run repeats it. It is
-    # cut into one piece for each process; Lightning leaves samplers of this class alone.
+    # The order of an epoch follows from seed and epoch alone, so a resumed run repeats it. A batch
+    # of all processes together is one of a single process, cut into a piece for each; Lightning
+    # leaves samplers of this class alone.
     def __init__(
         self,
         x: Tensor | MeshDataset,
@@ -64,10 +67,11 @@ class _Batches(DistributedSampler):
                 order = _in_blocks(num, generator)
             else:
                 order = torch.randperm(num, generator=generator)
-        # As many for each process: the first ones again where that does not come out even.
-        order = order[torch.arange(self.total_size) % num]
-        order = order.chunk(self.num_replicas)[self.rank].to(self.device)  # once an epoch
-        yield from order.split(self.batch_size)
+            # Gradients are averaged, so each process has as many meshes: the first ones again
+            # where that does not come out even. Each mesh is validated once.
+            order = order[torch.arange(self.total_size) % num]
+        for batch in order.to(self.device).split(self.batch_size * self.num_replicas):
+            yield batch.tensor_split(self.num_replicas)[self.rank]
 
 
 def _in_blocks(num: int, generator: torch.Generator) -> Tensor:
@@ -82,7 +86,8 @@ class MeshData(pl.LightningDataModule):
     r"""Training and validation meshes, each as one tensor on the device of the trainer, batches
     drawn there without worker processes, or as a data set of mapped vertices, for more than memory
     holds: of that, an epoch reads blocks of 64 neighbours in random order, and mixes the meshes of
-    64 blocks. Several processes read disjoint parts.
+    64 blocks. Several processes read disjoint parts of every batch; where their number does not
+    divide that of the training meshes, up to that many are read twice.
 
     Args:
         train (torch.Tensor or MeshDataset): Training meshes :obj:`[M, N, 3]` in metres.

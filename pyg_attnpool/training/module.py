@@ -144,7 +144,8 @@ class MeshTraining(pl.LightningModule):
         # On a GPU every look at the loss waits for it: there the validation error has to tell.
         if loss.device.type == "cpu":
             self._check_finite("loss", loss)
-        self.log("train_loss", loss, on_step=False, on_epoch=True)
+        several = self.trainer.world_size > 1
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=several)
         return loss
 
     def _check_finite(self, name: str, value: Tensor) -> None:
@@ -155,7 +156,11 @@ class MeshTraining(pl.LightningModule):
             )
 
     def validation_step(self, x: Tensor, step: int) -> None:
-        self.val_error.update(vertex_distances(self.model(x), x).mean(), x.size(0))
+        if len(x) == 0:  # the piece of a process where others have the last meshes
+            return
+        # Processes exchange sum and number, not the distances. One value a mesh: torchmetrics
+        # ignores weights where it does not look for NaN.
+        self.val_error.update(vertex_distances(self.model(x), x).mean(dim=1))
 
     def on_validation_epoch_end(self) -> None:
         error = self.val_error.compute()

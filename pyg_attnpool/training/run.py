@@ -167,7 +167,8 @@ def run(
             with suppress(OSError):
                 log.parent.rmdir()
         raise
-    best = load_checkpoint(files.folder / BEST)
+    best = load_checkpoint(files.folder / BEST) if trainer.is_global_zero else {}
+    best = trainer.strategy.broadcast(best)  # the other processes may not see the folder
     return best, best["callbacks"][best_of.state_key]["best_model_score"].item()
 
 
