@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator
+from pyg_attnpool.ops.backend import on_cpu, operator, plain
 from pyg_attnpool.ops.dense import checked, combine, correlate, prepared
 from pyg_attnpool.ops.sparse import spmm, transpose
 
@@ -73,6 +73,8 @@ def _spiral_conv(
 def _step(index: Tensor, x: Tensor, step: int) -> Tensor:
     # The features that one step of all spirals meets, zeros where it meets no vertex.
     vertex = index[:, step]
+    if plain(vertex) and vertex.device.type == "cpu" and (vertex < -1).any():
+        raise ValueError(f"Expected spirals of vertices or -1 (got {vertex.min().item()})")
     return x[vertex.clamp(min=0)] * (vertex >= 0).view(-1, 1, 1)
 
 
