@@ -148,6 +148,8 @@ class IndexedModule(torch.nn.Module):
             loaded = state.get(prefix + name)
             if name in dict(self._of_slots) or own is None or not isinstance(loaded, Tensor):
                 continue
+            if loaded.is_floating_point() != own.is_floating_point():
+                raise TypeError(f"Expected '{prefix + name}' of {own.dtype} (got {loaded.dtype})")
             if loaded.shape != own.shape:
                 raise ValueError(
                     f"Expected '{prefix + name}' of shape {list(own.shape)} "

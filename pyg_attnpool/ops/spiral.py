@@ -59,6 +59,7 @@ def _spiral_conv(
         if on_cpu(x):
             return _cpu.convolve_entries(rowptr, col, slot, x, weight, bias).to(dtype)
         length, channels, out_channels = weight.shape
+        _check_steps(index, slot)
         if channels < out_channels and not adjoint:
             steps = [_step(index, x, step) for step in range(length)]
             return combine(steps, weight, bias)
@@ -70,11 +71,20 @@ def _spiral_conv(
         return out if bias is None else out + bias
 
 
+def _check_steps(index: Tensor, slot: Tensor) -> None:
+    # What PyTorch's own operations do not notice. A GPU would have to be waited for.
+    if not (plain(index) and plain(slot) and index.device.type == "cpu"):
+        return
+    if (index < -1).any() or (slot < 0).any() or (slot >= index.size(1)).any():
+        raise ValueError(
+            f"Expected spirals of vertices or -1, and steps from 0 to {index.size(1) - 1} "
+            f"(got others)"
+        )
+
+
 def _step(index: Tensor, x: Tensor, step: int) -> Tensor:
     # The features that one step of all spirals meets, zeros where it meets no vertex.
     vertex = index[:, step]
-    if plain(vertex) and vertex.device.type == "cpu" and (vertex < -1).any():
-        raise ValueError(f"Expected spirals of vertices or -1 (got {vertex.min().item()})")
     return x[vertex.clamp(min=0)] * (vertex >= 0).view(-1, 1, 1)
 
 
@@ -126,6 +136,7 @@ def _spiral_correlate(
         x, g = prepared(x), prepared(g)
         if on_cpu(x):
             return _cpu.outer([x] * length, [g] * length, index).to(dtype)
+        _check_steps(index, slot)
         return correlate([_step(index, x, step) for step in range(length)], [g] * length)
 
 

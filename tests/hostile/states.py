@@ -24,6 +24,7 @@ from pyg_attnpool import (
     StaticChebConv,
     freeze,
 )
+from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.learned_pools import WeightedPool
 from pyg_attnpool.ops import _cpu, attention, cheb, reference, search, sparse, spiral
 
@@ -203,10 +204,18 @@ def load(rng):
         assert getattr(layer, name).dtype == torch.int64
     held = list(layer.state_dict().values())
     whole = all(t.dtype in (torch.float64, torch.int64) and not t.is_meta for t in held)
-    if whole:
+    if whole and all(torch.isfinite(t).all() for t in held):
         check(layer)
     else:  # mixed types and tensors without values do not crash
         refused(lambda: layer(torch.randn(layer.num_source, 3)).sum(), *TORCH)
+
+
+def refill(layer):
+    # The tensors that `to_empty` allocates have no values.
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        tensor.data.normal_()
+    if isinstance(layer, StaticChebConv):
+        layer.laplacian.fill_(-0.5)
 
 
 def cast(rng):
@@ -232,7 +241,7 @@ def cast(rng):
         elif change == 6:
             layer.share_memory()
         elif change == 7:
-            layer.to_empty(device="cpu")
+            refill(layer.to_empty(device="cpu"))
         elif change == 8:
             state = layer.state_dict()
             layer.to("meta").to_empty(device="cpu")
@@ -242,8 +251,7 @@ def cast(rng):
             for name, index in before.items():
                 if name not in state:
                     setattr(layer, name, index.clone())
-            if isinstance(layer, StaticChebConv):
-                layer.laplacian.fill_(-0.5)
+            refill(layer)
             layer.load_state_dict({name: t for name, t in state.items() if not t.is_meta}, False)
             for name, index in before.items():
                 if name in layer.state_dict():
@@ -251,12 +259,8 @@ def cast(rng):
                     break
     for name, index in before.items():
         assert torch.equal(getattr(layer, name), index), name
-    for tensor in (*layer.parameters(), *layer.buffers()):
-        tensor.data = torch.nan_to_num(tensor.data).clamp(-3, 3).double()
-    layer.double()
-    if isinstance(layer, StaticChebConv):
-        layer.laplacian.fill_(-0.5)
-    if isinstance(layer, WeightedPool | MappingPool) or isinstance(layer, AttentionPool):
+    refill(layer.double())
+    if isinstance(layer, PoolingLayer):
         check(layer)
     else:
         check_conv(layer)
