@@ -12,6 +12,7 @@ from torch.nn import Module
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn.attention_pool import AttentionPool
 from pyg_attnpool.ops.backend import decompositions
+from pyg_attnpool.ops.sparse import scatter_product
 
 TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
 
@@ -89,7 +90,9 @@ def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
             f"'export_onnx' requires '{e.name}': install it with "
             f'`pip install "pyg_attnpool[export]"`'
         ) from e
-    program = _program(model, example, _scatter)
+    # Not index_add, which becomes ScatterND: onnxruntime adds there from several threads at a time,
+    # and loses some where a row repeats.
+    program = _program(model, example, scatter_product)
     with replacing(path) as temporary, _quiet():
         onnx_program = torch.onnx.export(
             program,
@@ -164,19 +167,6 @@ def _bag(
     return torch.nn.functional.embedding_bag(
         col, x, rowptr, mode="sum", per_sample_weights=value, include_last_offset=True
     )
-
-
-def _scatter(
-    rowptr: Tensor, col: Tensor, perm: Any, value: Tensor, x: Tensor, *transposed: Any
-) -> Tensor:
-    # ONNX has no bags. The row of an entry is the number of rows that ended before it; a constant,
-    # which the exporter folds. Not index_add, which becomes ScatterND: onnxruntime adds there from
-    # several threads at a time, and loses some where a row repeats.
-    ended = rowptr.new_zeros(col.size(0) + 1)
-    row = ended.scatter_add(0, rowptr[1:], torch.ones_like(rowptr[1:])).cumsum(0)[:-1]
-    entries = value.unsqueeze(1) * x.index_select(0, col)
-    out = x.new_zeros(rowptr.size(0) - 1, x.size(1))
-    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries)
 
 
 @torch.no_grad()

@@ -226,8 +226,9 @@ def _network(
 
 
 def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    # Earlier versions wrote scalars in the place of vectors of one number.
+    expected = {name: tuple(t.shape) or (1,) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) or (1,) for name, t in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise ValueError(f"no '{name}', which the architecture has")

@@ -170,8 +170,9 @@ class AttentionPool(PoolingLayer):
 
         self.key = Parameter(torch.empty(num_source, channels))
         self.query = Parameter(torch.empty(num_target, channels))
-        self.fusion_weight = None if prior is None else Parameter(torch.empty(()))
-        self.log_beta = Parameter(torch.empty(())) if normalization == "softmax" else None
+        # Of shape [1], since FSDP shards no scalars.
+        self.fusion_weight = None if prior is None else Parameter(torch.empty(1))
+        self.log_beta = Parameter(torch.empty(1)) if normalization == "softmax" else None
         self.prior_index = None
         if prior is not None:
             slots = prior.index.clone()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.ops.backend import plain
+from pyg_attnpool.ops.backend import composing, plain
 from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, transpose
 
@@ -96,8 +96,8 @@ class IndexedModule(torch.nn.Module):
     def _refresh(self, device: torch.device) -> None:
         # Looks at the indices where they are no longer those of the last call. What distributes a
         # module over devices knows its parameters and buffers alone, so indices follow the
-        # features. A traced call has no values to look at.
-        if torch.compiler.is_compiling():
+        # features. A call that is traced or transformed has no values to look at.
+        if torch.compiler.is_compiling() or composing():
             return
         for name in self._declared:
             index = getattr(self, name)
@@ -150,7 +150,7 @@ class IndexedModule(torch.nn.Module):
                 continue
             if loaded.is_floating_point() != own.is_floating_point():
                 raise TypeError(f"Expected '{prefix + name}' of {own.dtype} (got {loaded.dtype})")
-            if loaded.shape != own.shape:
+            if _vector(loaded).shape != _vector(own).shape:
                 raise ValueError(
                     f"Expected '{prefix + name}' of shape {list(own.shape)} "
                     f"(got {list(loaded.shape)})"
@@ -192,6 +192,12 @@ class IndexedModule(torch.nn.Module):
                 weight.data = weight.new_zeros(index.shape)
         own = {prefix + name: name for name, index in self._declared.items() if index.persistent}
         others = {key: value for key, value in state_dict.items() if key not in own}
+        for name, parameter in self._parameters.items():
+            if parameter is not None and prefix + name in others:
+                # Earlier versions had scalars in the place of vectors of one number.
+                loaded = others[prefix + name]
+                if isinstance(loaded, Tensor) and loaded.dim() == 0:
+                    others[prefix + name] = loaded.view_as(parameter)
         super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
         assign = local_metadata.get("assign_to_params_buffers", False)
         for key, name in own.items():
@@ -201,6 +207,10 @@ class IndexedModule(torch.nn.Module):
             elif strict:
                 missing_keys.append(key)
         self._renew()
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.view(1) if tensor.dim() == 0 else tensor
 
 
 def _version(index: Tensor) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import at_least_single, on_cpu, on_gpu, operator, single
+from pyg_attnpool.ops.backend import at_least_single, composing, on_cpu, on_gpu, operator, single
 
 TILE = 1 << 21  # scores that PyTorch's operations hold at a time
 
@@ -157,6 +157,13 @@ def full_search(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
             if k <= _triton.MAX_K:
                 score, index = _triton.topk(query, key, k)
                 return index, score
+        if composing():  # nothing may depend on the scores that are found
+            score = query @ key.t()
+            if torch.onnx.is_in_onnx_export():  # where the smaller index comes first by definition
+                score, index = score.topk(k)
+            else:
+                score, index = score.sort(dim=-1, descending=True, stable=True)
+            return index[:, :k], score[:, :k]
         rows = max(1, TILE // num_key)
         found = [_largest(tile @ key.t(), k) for tile in query.split(rows)]
     indices, scores = zip(*found, strict=True)
