@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -226,7 +227,11 @@ class Mapping:
         row, col, weight = self._entries()
         ends = torch.arange(self.num_target + 1, device=self.device)
         size = (self.num_target, self.num_source)
-        return torch.sparse_csr_tensor(torch.searchsorted(row, ends), col, weight, size)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                torch.searchsorted(row, ends), col, weight, size, check_invariants=True
+            )
 
     def to_edge_index(self) -> tuple[Tensor, Tensor]:
         r"""The matrix as the :obj:`edge_index` :obj:`[2, nnz]` of a bipartite graph, from source
@@ -293,6 +298,7 @@ class Mapping:
             if matrix.layout == torch.strided:
                 row, col = matrix.detach().nonzero(as_tuple=True)
                 return cls._from_coo(row, col, matrix[row, col], matrix.shape)
+            _check_sparse(matrix)
             coo = matrix.to_sparse_coo().coalesce()
             row, col = coo.indices()
             return cls._from_coo(row, col, coo.values(), matrix.shape)
@@ -303,7 +309,10 @@ class Mapping:
             return cls._from_coo(row, col, value, matrix.sparse_sizes())
         if type(matrix).__module__.startswith("scipy.sparse"):
             _check_matrix(matrix.shape)
-            coo = matrix.tocsr().tocoo()
+            if matrix.format in ("csr", "csc", "bsr"):
+                matrix.check_format(full_check=True)
+            coo = matrix.tocoo(copy=True)
+            coo.sum_duplicates()
             value = torch.from_numpy(np.array(coo.data))
             if not (value.is_floating_point() or value.is_complex()):
                 value = value.to(torch.get_default_dtype())
@@ -317,6 +326,12 @@ class Mapping:
     def _from_coo(cls, row: Tensor, col: Tensor, value: Tensor, size: Sequence[int]) -> Mapping:
         # Entries are sorted by row; an entry's slot is its place in its row.
         num_target, num_source = _check_matrix(size)
+        for name, vertex, end in (("row", row, num_target), ("column", col, num_source)):
+            if vertex.numel() > 0 and not 0 <= vertex.min() <= vertex.max() < end:
+                raise ValueError(
+                    f"Expected every {name} from 0 to {end - 1} "
+                    f"(got {vertex.min().item()} to {vertex.max().item()})"
+                )
         starts = torch.searchsorted(row, torch.arange(num_target, device=row.device))
         slot = torch.arange(row.numel(), device=row.device) - starts[row]
         k = int(slot.max()) + 1 if row.numel() > 0 else 1
@@ -326,6 +341,31 @@ class Mapping:
 
     def __repr__(self) -> str:
         return f"{self.__class__.__name__}({self.num_source}, {self.num_target}, k={self.k})"
+
+
+def _check_sparse(matrix: Tensor) -> None:
+    # PyTorch follows the indices of a sparse tensor, also where they were never checked.
+    layout, detached = matrix.layout, matrix.detach()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse .* tensor support is in beta")
+            if layout == torch.sparse_coo:
+                entries = detached._indices(), detached._values()
+                torch.sparse_coo_tensor(*entries, matrix.shape, check_invariants=True)
+            else:
+                rows = layout in (torch.sparse_csr, torch.sparse_bsr)
+                names = ("crow_indices", "col_indices") if rows else ("ccol_indices", "row_indices")
+                ends, inner = (getattr(detached, name)() for name in names)
+                torch.sparse_compressed_tensor(
+                    ends,
+                    inner,
+                    detached.values(),
+                    matrix.shape,
+                    layout=layout,
+                    check_invariants=True,
+                )
+    except RuntimeError as e:
+        raise ValueError(f"Expected a valid sparse matrix (got: {e})") from e
 
 
 def _check_matrix(size: Sequence[int]) -> tuple[int, int]:

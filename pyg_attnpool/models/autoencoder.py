@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import Linear, Module, ModuleList
 
 from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.nn.base import IndexedModule
 from pyg_attnpool.nn.resolver import (
     Query,
     convolution_resolver,
@@ -103,7 +104,7 @@ class AutoencoderConfig:
             set_(self, name, dict(getattr(self, name) or {}))
 
 
-class MeshAutoencoder(torch.nn.Module):
+class MeshAutoencoder(IndexedModule):
     r"""A convolutional autoencoder of registered meshes: convolution and pooling down a
     :class:`~pyg_attnpool.mesh.MeshHierarchy`, a fully connected layer to the latent code, and the
     same way back up. It computes on standardised features;

@@ -16,6 +16,7 @@ from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
+from pyg_attnpool.nn.base import IndexedModule
 from pyg_attnpool.nn.freeze import freeze
 from pyg_attnpool.units import metres
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 Template = str | Path | tuple[ndarray, ndarray] | MeshHierarchy
 
 
-class MorphableModel(Module):
+class MorphableModel(IndexedModule):
     r"""A morphable model of registered meshes: an autoencoder with its template, its units and the
     statistics of its training meshes. Meshes go in and come out in metres.
 
@@ -110,7 +111,7 @@ class MorphableModel(Module):
         self.register_buffer("mean", mean)
         self.register_buffer("std", torch.ones_like(mean))
         self.register_buffer("template", coordinates)
-        self.register_buffer("faces", torch.from_numpy(faces.copy()))
+        self.register_index("faces", torch.from_numpy(faces.copy()), (len(faces), 3), len(vertices))
         latent_channels = self._latent_channels()
         self.register_buffer("latent_mean", torch.zeros(latent_channels, dtype=dtype))
         self.register_buffer("latent_cov", torch.eye(latent_channels, dtype=dtype))

@@ -85,7 +85,7 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
             raise ValueError("another template")
         network = _network(config["autoencoder"], hierarchy, tensors, autoencoder)
         num_vertices = len(tensors["template"])
-        check_index("faces", tensors["faces"], (None, 3), num_vertices)
+        check_index("faces", tensors["faces"], ("F", 3), num_vertices)
         template = tensors["template"].double().numpy(), tensors["faces"].numpy()
         model = MorphableModel(network, hierarchy or template, config["unit"])
         _check_state(model, tensors)
@@ -211,7 +211,7 @@ def _network(
         if index is not None and prefix + "initial_weight" not in tensors:
             sizes = hierarchy.num_vertices[level : level + 2]
             num_source, num_target = sizes if down else sizes[::-1]
-            check_index(prefix + "index", index, (num_target, None), num_source)
+            check_index(prefix + "index", index, (num_target, "k"), num_source)
             return MappingPool.empty(num_source, num_target, index.size(1))
         query = config.down if down or config.up is None else config.up
         published = config.variant == "published"
@@ -226,8 +226,9 @@ def _network(
 
 
 def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
-    expected = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    # Earlier versions wrote scalars in the place of vectors of one number.
+    expected = {name: tuple(t.shape) or (1,) for name, t in model.state_dict().items()}
+    found = {name: tuple(t.shape) or (1,) for name, t in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):
         if name not in found:
             raise ValueError(f"no '{name}', which the architecture has")

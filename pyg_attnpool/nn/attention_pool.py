@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn import Parameter
 
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.nn.base import PoolingLayer, check_index, check_weight
+from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.mapping_pool import MappingPool
 from pyg_attnpool.ops.attention import attention, cosine_at, dense_attention
 from pyg_attnpool.ops.backend import at_least_single
@@ -119,6 +118,7 @@ class AttentionPool(PoolingLayer):
     target_pos: Tensor | None
     search: Search | None
     default_k = K_POOL
+    _of_slots = (("prior_weight", "prior_index"),)
 
     def __init__(
         self,
@@ -170,9 +170,13 @@ class AttentionPool(PoolingLayer):
 
         self.key = Parameter(torch.empty(num_source, channels))
         self.query = Parameter(torch.empty(num_target, channels))
-        self.fusion_weight = None if prior is None else Parameter(torch.empty(()))
-        self.log_beta = Parameter(torch.empty(())) if normalization == "softmax" else None
-        self.register_buffer("prior_index", None if prior is None else prior.index.clone())
+        # Of shape [1], since FSDP shards no scalars.
+        self.fusion_weight = None if prior is None else Parameter(torch.empty(1))
+        self.log_beta = Parameter(torch.empty(1)) if normalization == "softmax" else None
+        self.prior_index = None
+        if prior is not None:
+            slots = prior.index.clone()
+            self.register_index("prior_index", slots, (num_target, "k"), num_source)
         self.register_buffer("prior_weight", None if prior is None else prior.weight.clone())
         # Needed again by reset_parameters() only, so no part of the learned state.
         self.register_buffer("source_pos", source_pos, persistent=False)
@@ -180,6 +184,7 @@ class AttentionPool(PoolingLayer):
 
         self.search = None if k is None else Search(num_target, num_source, channels, k)
         self.reset_parameters()
+        self._renew()
 
     @classmethod
     def published(cls, *args: Any, **kwargs: Any) -> AttentionPool:
@@ -331,33 +336,11 @@ class AttentionPool(PoolingLayer):
             gap = (score[:, 0] - score[:, -1]).mean()
             self.log_beta.copy_(torch.where(gap > 0, (3 / gap).log(), torch.zeros_like(gap)))
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttentionPool:
-        super()._apply(fn, recurse)
-        self._renew_search()
-        return self
-
-    def _renew_search(self) -> None:
-        # The search remembers keys of one type, and none of the meta device.
+    def _derive(self) -> None:
+        # The search remembers keys of one type.
         dtype = at_least_single(self.key.dtype)
-        if self.search is None or self.k is None:
-            return
-        if self.search.last_key.is_meta or self.search.last_key.dtype != dtype:
+        if self.search is not None and self.k is not None and self.search.last_key.dtype != dtype:
             self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # Checked before anything is assigned. The number of the prior's slots may differ.
-        index, weight = (state_dict.get(f"{prefix}prior_{name}") for name in ("index", "weight"))
-        if index is not None and self.prior_index is not None:
-            shape = (self.num_target, None)
-            check_index(f"{prefix}prior_index", index, shape, self.num_source)
-            if weight is not None:
-                check_weight(f"{prefix}prior_weight", weight, index.shape)
-            self.prior_index = self.prior_index.new_zeros(index.shape)
-            self.prior_weight = self.prior_weight.new_zeros(index.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if self.prior_index is not None:
-            self.prior_index = self.prior_index.long()
-        self._renew_search()
 
     def slots(self) -> tuple[Tensor, Tensor]:
         r"""Index and weight :obj:`[M, k]` of every slot, those of the prior last."""

@@ -1,15 +1,17 @@
-r"""What all layers share: the two layouts of features, index buffers that stay valid, and pooling
-layers that stand where a model holds a matrix."""
+r"""What all layers share: the two layouts of features, indices that stay valid, and pooling layers
+that stand where a model holds a matrix."""
 
 from __future__ import annotations
 
+from collections import abc
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.ops.backend import composing, plain
 from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, transpose
 
@@ -17,7 +19,218 @@ if TYPE_CHECKING:
     from pyg_attnpool.nn.mapping_pool import MappingPool
 
 
-class VertexLayer(torch.nn.Module):
+class Index(NamedTuple):
+    r"""What an index may hold: its shape, in which a letter stands for any size but zero, vertices
+    from :obj:`low` to :obj:`end - 1`, and whether it is part of the :obj:`state_dict`."""
+
+    shape: tuple[int | str, ...]
+    end: int
+    low: int
+    persistent: bool
+
+
+class IndexedModule(torch.nn.Module):
+    r"""The base class of modules with indices: tensors of vertices, which compiled code follows.
+
+    :meth:`register_index` declares an index with the vertices that it may hold. It moves with the
+    module and is part of its :obj:`state_dict`, but is no buffer, since casts would round its
+    numbers and averages over buffers would mix them: it stays long. It is checked before any part
+    of a state is assigned, and in the next call after somebody has edited it in place or put
+    another in its place; :meth:`_derive` then makes again what follows from it.
+    """
+
+    # Weights with an entry for every entry of an index: a state may have another number of both.
+    _of_slots: tuple[tuple[str, str], ...] = ()
+    # Buffers that `_check` looks at beside the indices.
+    _read: tuple[str, ...] = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._declared: dict[str, Index] = {}
+        # The indices that were checked last, with their versions, which count edits in place.
+        self._seen: list[tuple[Tensor, int, int]] = []
+
+    def register_index(
+        self,
+        name: str,
+        index: Tensor,
+        shape: tuple[int | str, ...],
+        end: int,
+        low: int = 0,
+        persistent: bool = True,
+    ) -> None:
+        r"""Adds an index to the module.
+
+        Args:
+            name (str): Its name, by which it is an attribute.
+            index (torch.Tensor): The index (long).
+            shape (tuple): The shape that it keeps; a letter stands for any size but zero.
+            end (int): One more than the largest vertex.
+            low (int, optional): The smallest value. (default: :obj:`0`)
+            persistent (bool, optional): Whether it is part of the :obj:`state_dict`.
+                (default: :obj:`True`)
+
+        Raises:
+            TypeError: If it is no long tensor.
+            ValueError: If its shape or a vertex does not fit.
+        """
+        check_index(name, index, shape, end, low)
+        self._declared[name] = Index(shape, end, low, persistent)
+        setattr(self, name, index.long())
+
+    def _check(self) -> None:
+        r"""Raises where indices that are valid, one by one, do not fit together."""
+
+    def _derive(self) -> None:
+        r"""Makes what follows from the indices, which are valid."""
+
+    def _renew(self) -> None:
+        # Casts and loads give indices that are known to be valid.
+        self._derive()
+        self._seen = self._versions()
+
+    def _versions(self) -> list[tuple[Tensor, int, int]]:
+        tensors = [getattr(self, name) for name in (*self._declared, *self._read)]
+        return [(t, *_version(t)) for t in tensors if isinstance(t, Tensor) and plain(t)]
+
+    def _refresh(self, device: torch.device) -> None:
+        # Looks at the indices where they are no longer those of the last call. What distributes a
+        # module over devices knows its parameters and buffers alone, so indices follow the
+        # features. A call that is traced or transformed has no values to look at.
+        if torch.compiler.is_compiling() or composing():
+            return
+        for name in self._declared:
+            index = getattr(self, name)
+            if isinstance(index, Tensor) and index.device != device and device.type != "meta":
+                setattr(self, name, index.to(device))
+        for name, index_name in self._of_slots:
+            weight, index = getattr(self, name), getattr(self, index_name)
+            if index is not None and weight.shape != getattr(index, "shape", None):
+                check_index(index_name, index, *self._declared[index_name][:3])
+                check_weight(name, weight, index.shape)
+        seen = self._versions()
+        same = len(seen) == len(self._seen) and all(
+            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(seen, self._seen, strict=True)
+        )
+        if same:
+            return
+        for name, index in self._declared.items():
+            check_index(name, getattr(self, name), index.shape, index.end, index.low)
+            setattr(self, name, getattr(self, name).long())
+        self._check()
+        self._renew()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexedModule:
+        super()._apply(fn, recurse)
+        whole = True
+        for name, index in self._declared.items():
+            before = getattr(self, name)
+            setattr(self, name, _moved(before, fn, index.low - 1))
+            whole &= before.is_meta == getattr(self, name).is_meta
+        if whole:
+            self._derive()
+        self._seen = []  # of `to_empty`, buffers have no values yet
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, index in self._declared.items():
+            if index.persistent:
+                destination[prefix + name] = getattr(self, name).detach()
+
+    def _check_state(self, state: abc.Mapping[str, Any], prefix: str) -> None:
+        # Raises where a state does not fit this module, its submodules aside.
+        for name, index in self._declared.items():
+            if index.persistent and prefix + name in state:
+                loaded = state[prefix + name]
+                check_index(prefix + name, loaded, index.shape, index.end, index.low)
+        for name, own in (*self._parameters.items(), *self._buffers.items()):
+            loaded = state.get(prefix + name)
+            if name in dict(self._of_slots) or own is None or not isinstance(loaded, Tensor):
+                continue
+            if loaded.is_floating_point() != own.is_floating_point():
+                raise TypeError(f"Expected '{prefix + name}' of {own.dtype} (got {loaded.dtype})")
+            if _vector(loaded).shape != _vector(own).shape:
+                raise ValueError(
+                    f"Expected '{prefix + name}' of shape {list(own.shape)} "
+                    f"(got {list(loaded.shape)})"
+                )
+        for name, index_name in self._of_slots:
+            own, like = getattr(self, name), state.get(prefix + index_name)
+            weight = state.get(prefix + name, own)
+            if isinstance(weight, Tensor):
+                like = getattr(self, index_name) if like is None else like
+                check_weight(prefix + name, weight, like.shape)
+
+    def load_state_dict(self, state_dict: abc.Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        r"""As :meth:`torch.nn.Module.load_state_dict`. All layers look at their part of the state
+        before any of them takes it.
+
+        Raises:
+            TypeError: If an index of the state is no long tensor.
+            ValueError: If an index or a weight of the state does not fit.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, IndexedModule):
+                module._check_state(state_dict, f"{name}." if name else "")
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        *args: Any,
+    ) -> None:
+        # Checked before anything is assigned, also where the layer is part of another module.
+        self._check_state(state_dict, prefix)
+        for name, index_name in self._of_slots:
+            weight, index = getattr(self, name), state_dict.get(prefix + index_name)
+            if index is not None and weight.shape != index.shape:
+                weight.data = weight.new_zeros(index.shape)
+        own = {prefix + name: name for name, index in self._declared.items() if index.persistent}
+        others = {key: value for key, value in state_dict.items() if key not in own}
+        for name, parameter in self._parameters.items():
+            if parameter is not None and prefix + name in others:
+                # Earlier versions had scalars in the place of vectors of one number.
+                loaded = others[prefix + name]
+                if isinstance(loaded, Tensor) and loaded.dim() == 0:
+                    others[prefix + name] = loaded.view_as(parameter)
+        super()._load_from_state_dict(others, prefix, local_metadata, strict, missing_keys, *args)
+        assign = local_metadata.get("assign_to_params_buffers", False)
+        for key, name in own.items():
+            if key in state_dict:
+                loaded, now = state_dict[key].detach().long(), getattr(self, name)
+                setattr(self, name, loaded if assign else loaded.to(now.device, copy=True))
+            elif strict:
+                missing_keys.append(key)
+        self._renew()
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.view(1) if tensor.dim() == 0 else tensor
+
+
+def _version(index: Tensor) -> tuple[int, int]:
+    # The place in memory, which `index.data = ...` changes, and the count of edits in place, which
+    # tensors that were made in inference mode do not have.
+    return index.data_ptr(), -1 if index.is_inference() else index._version
+
+
+def _moved(index: Tensor, fn: Callable[[Tensor], Tensor], empty: int) -> Tensor:
+    # What `fn` moves, shares or allocates, with the values of the index. `to_empty` takes an index
+    # without values from the meta device, which refers to no vertex until a state is loaded.
+    moved = fn(index)
+    if moved is index or moved.is_meta:
+        return moved
+    if index.is_meta:
+        return torch.full_like(index, empty, device=moved.device)
+    return index.to(moved.device)
+
+
+class VertexLayer(IndexedModule):
     r"""The base class of layers on the features of a fixed number of vertices. A subclass says in
     :meth:`rows_forward` what it does to rows; :meth:`forward` takes every layout.
 
@@ -47,6 +260,7 @@ class VertexLayer(torch.nn.Module):
             TypeError: If the features are not floating point.
             ValueError: If the shape fits no layout.
         """
+        self._refresh(x.device)
         if self.in_channels is not None and x.size(-1) != self.in_channels:
             raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")
         if not rows:
@@ -58,31 +272,6 @@ class VertexLayer(torch.nn.Module):
         if not x.is_floating_point():
             raise TypeError(f"Expected floating point features (got {x.dtype})")
         return self.rows_forward(x)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VertexLayer:
-        # Casts are for features. An index that became floating point would be read as nonsense.
-        indices = {
-            name: buffer
-            for name, buffer in self._buffers.items()
-            if buffer is not None and not buffer.is_floating_point()
-        }
-        for name in indices:
-            self._buffers[name] = None
-        super()._apply(fn, recurse)
-        for name, index in indices.items():
-            self._buffers[name] = _moved(index, fn)
-        return self
-
-
-def _moved(index: Tensor, fn: Callable[[Tensor], Tensor]) -> Tensor:
-    # What `fn` moves, shares or allocates, with the values of the index. `to_empty` takes an index
-    # without values from the meta device; zeros are a valid vertex until a state is loaded.
-    moved = fn(index)
-    if moved is index or moved.is_meta:
-        return moved
-    if index.is_meta:
-        return torch.zeros_like(index, device=moved.device)
-    return index.to(moved.device)
 
 
 class PoolingLayer(VertexLayer):
@@ -109,9 +298,17 @@ class PoolingLayer(VertexLayer):
         return mapping.index, mapping.weight
 
     def freeze(self) -> MappingPool:
-        r"""The layer without its parameters: the mapping as it is now, for inference."""
+        r"""The layer without its parameters: the mapping as it is now, for inference.
+
+        Raises:
+            ValueError: If the layer holds a number that is not finite.
+        """
         from pyg_attnpool.nn.mapping_pool import MappingPool  # the subclass that is frozen
 
+        held = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        spoilt = [name for name, tensor in held.items() if not torch.isfinite(tensor).all()]
+        if spoilt:
+            raise ValueError(f"Expected finite {spoilt} to freeze {self} (got NaN or infinity)")
         with torch.no_grad():
             frozen = MappingPool(self.mapping())
         frozen.dummy_weight = self.dummy_weight
@@ -190,18 +387,18 @@ class PatternPool(PoolingLayer):
 
     index: Tensor
     weight: Tensor
-    _of_slots: tuple[str, ...] = ("index", "weight")
+    _of_slots: tuple[tuple[str, str], ...] = (("weight", "index"),)
 
     def __init__(self, mapping: Mapping):
         super().__init__()
         self.num_source = mapping.num_source
         self.num_target = mapping.num_target
-        self.register_buffer("index", mapping.index.clone())
-        for name in ("rowptr_t", "col_t", "perm"):
-            self.register_buffer(name, None, persistent=False)
-        self._refresh()
+        self.register_index(
+            "index", mapping.index.clone(), (mapping.num_target, "k"), mapping.num_source
+        )
+        self._renew()
 
-    def _refresh(self) -> None:
+    def _derive(self) -> None:
         pattern = transpose(ell_rowptr(self.index), self.index.flatten(), self.num_source)
         self.rowptr_t, self.col_t, self.perm = pattern
 
@@ -222,24 +419,6 @@ class PatternPool(PoolingLayer):
         index, weight = self.slots()
         return map_rows(index, weight, x, self.num_source, self.transposed)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A loaded state may have another number of slots, as that of a frozen attention has. It is
-        # checked before anything of it is assigned.
-        state = {name: state_dict.get(prefix + name) for name in self._of_slots}
-        index = state["index"]
-        if index is not None:
-            check_index(prefix + "index", index, (self.num_target, None), self.num_source)
-        for name, loaded in state.items():
-            if isinstance(loaded, Tensor) and name != "index":
-                check_weight(prefix + name, loaded, (self.index if index is None else index).shape)
-        for name, loaded in state.items():
-            own = getattr(self, name)
-            if isinstance(loaded, Tensor) and loaded.shape != own.shape:
-                own.data = own.new_zeros(loaded.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.index = self.index.long()
-        self._refresh()
-
     def __repr__(self) -> str:
         return (
             f"{self.__class__.__name__}({self.num_source}, {self.num_target}, "
@@ -247,16 +426,15 @@ class PatternPool(PoolingLayer):
         )
 
 
-def check_index(
-    name: str, index: Any, shape: tuple[int | None, int | None], num_source: int, low: int = 0
-) -> None:
+def check_index(name: str, index: Any, shape: Sequence[int | str], end: int, low: int = 0) -> None:
     r"""Checks an index that comes from outside, such as a loaded state, before it is used.
 
     Args:
         name (str): What the error calls it.
-        index (torch.Tensor): The index; of the meta device only the shape is known.
-        shape (tuple): The shape that it must have; :obj:`None` allows any size but zero.
-        num_source (int): One more than the largest vertex.
+        index (torch.Tensor): The index; of one without values, as on the meta device, only the
+            shape is looked at.
+        shape (tuple): The shape that it must have; a letter stands for any size but zero.
+        end (int): One more than the largest vertex.
         low (int, optional): The smallest value. (default: :obj:`0`)
 
     Raises:
@@ -266,17 +444,18 @@ def check_index(
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         got = index.dtype if isinstance(index, Tensor) else type(index).__name__
         raise TypeError(f"Expected '{name}' to be a long tensor (got {got})")
-    fits = index.dim() == len(shape) and index.numel() > 0
-    if not fits or any(s not in (None, n) for s, n in zip(shape, index.shape, strict=True)):
-        expected = ["k" if s is None else s for s in shape]
-        raise ValueError(f"Expected '{name}' of shape {expected} (got {list(index.shape)})")
-    if index.is_meta:
+    fits = index.dim() == len(shape) and all(
+        n > 0 if isinstance(s, str) else n == s for s, n in zip(shape, index.shape, strict=True)
+    )
+    if not fits:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"Expected '{name}' of shape [{expected}] (got {list(index.shape)})")
+    if not plain(index) or index.numel() == 0:
         return
     smallest, largest = index.min().item(), index.max().item()
-    if smallest < low or largest >= num_source:
+    if smallest < low or largest >= end:
         raise ValueError(
-            f"Expected '{name}' of vertices from {low} to {num_source - 1} "
-            f"(got {smallest} to {largest})"
+            f"Expected '{name}' of vertices from {low} to {end - 1} (got {smallest} to {largest})"
         )
 
 

@@ -7,8 +7,10 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.nn.base import VertexLayer
+from pyg_attnpool.nn.base import VertexLayer, check_weight
+from pyg_attnpool.ops.backend import plain
 from pyg_attnpool.ops.cheb import cheb_conv
+from pyg_attnpool.ops.sparse import transpose
 
 
 class StaticChebConv(VertexLayer):
@@ -51,6 +53,7 @@ class StaticChebConv(VertexLayer):
     rowptr: Tensor
     col: Tensor
     laplacian: Tensor
+    _read = ("laplacian",)
 
     def __init__(
         self,
@@ -75,11 +78,23 @@ class StaticChebConv(VertexLayer):
         )
         self.bias = Parameter(torch.empty(out_channels)) if bias else None
         # Not persistent: a state_dict is that of PyG's layer, which holds no graph either.
-        self.register_buffer("rowptr", rowptr, persistent=False)
-        self.register_buffer("col", col, persistent=False)
+        num_edges = col.numel()
+        self.register_index("rowptr", rowptr, (num_nodes + 1,), num_edges + 1, persistent=False)
+        self.register_index("col", col, (num_edges,), num_nodes, persistent=False)
         self.register_buffer("laplacian", value, persistent=False)
 
         self.reset_parameters()
+        self._renew()
+
+    def _check(self) -> None:
+        # The backward pass takes the Laplacian for its own transpose.
+        if not (plain(self.col) and plain(self.laplacian)):
+            return
+        check_weight("laplacian", self.laplacian, self.col.shape)
+        rowptr, col, perm = transpose(self.rowptr, self.col, self.num_source)
+        entries = torch.equal(rowptr, self.rowptr) and torch.equal(col, self.col)
+        if not (entries and torch.equal(self.laplacian[perm], self.laplacian)):
+            raise ValueError("Expected a symmetric 'laplacian' (got one that was edited)")
 
     @property
     def num_nodes(self) -> int:

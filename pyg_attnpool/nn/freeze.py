@@ -18,6 +18,9 @@ def freeze(model: Module) -> Module:
     Returns:
         The same model; if it is itself a pooling layer, its :class:`MappingPool`.
 
+    Raises:
+        ValueError: If a layer holds a number that is not finite. The model stays as it was.
+
     Example:
         >>> freeze(torch.nn.Sequential(AttentionPool(9, 4)))
         Sequential(

@@ -72,7 +72,7 @@ class WeightedPool(PatternPool):
     """
 
     initial_weight: Tensor
-    _of_slots = ("index", "weight", "initial_weight")
+    _of_slots = (("weight", "index"), ("initial_weight", "index"))
 
     def __init__(self, mapping: Any):
         mapping = Mapping.from_matrix(mapping).detach()

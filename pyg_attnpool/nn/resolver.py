@@ -148,7 +148,7 @@ class GraphConv(VertexLayer):
         self.conv = conv
         self.num_source = num_nodes
         # Not persistent, as PyG's convolutions hold no graph either.
-        self.register_buffer("edge_index", edge_index, persistent=False)
+        self.register_index("edge_index", edge_index, (2, "E"), num_nodes, persistent=False)
         self.register_buffer("edge_attr", edge_attr, persistent=False)
 
     def reset_parameters(self) -> None:

@@ -1,10 +1,8 @@
-from typing import Any
-
-import torch
 from torch import Tensor
 from torch_geometric.nn.dense.linear import Linear
 
 from pyg_attnpool.nn.base import VertexLayer
+from pyg_attnpool.ops.backend import plain
 from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
 PATTERN = ("spirals", "rowptr", "col", "slot", "rowptr_t", "col_t", "slot_t")
@@ -38,28 +36,27 @@ class SpiralConv(VertexLayer):
         ValueError: If :obj:`spirals` is of the wrong shape or out of range.
     """
 
+    spirals: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, spirals: Tensor, bias: bool = True):
         super().__init__()
-        if not isinstance(spirals, Tensor) or spirals.dtype not in (torch.int64, torch.int32):
-            got: Any = spirals.dtype if isinstance(spirals, Tensor) else type(spirals).__name__
-            raise TypeError(f"Expected 'spirals' to be a long tensor (got {got})")
-        if spirals.dim() != 2 or spirals.numel() == 0:
-            raise ValueError(f"Expected 'spirals' of shape [N, L] (got {list(spirals.shape)})")
-        num_nodes, length = spirals.shape
-        low, high = spirals.min().item(), spirals.max().item()
-        if low < -1 or high >= num_nodes:
-            raise ValueError(
-                f"Expected 'spirals' of vertices -1 to {num_nodes - 1} (got {low} to {high})"
-            )
+        matrix = isinstance(spirals, Tensor) and spirals.dim() == 2
+        num_nodes, length = spirals.shape if matrix else (0, 0)
+        # Not persistent: weights are weights of any mesh of this size, as those of a graph are.
+        shape = num_nodes or "N", length or "L"
+        self.register_index("spirals", spirals, shape, num_nodes, -1, persistent=False)
 
         self.in_channels = in_channels
         self.out_channels = out_channels
         self.num_source = num_nodes
         self.length = length
         self.lin = Linear(length * in_channels, out_channels, bias=bias)
-        # Not persistent: weights are weights of any mesh of this size, as those of a graph are.
-        for name, tensor in zip(PATTERN, spiral_pattern(spirals.long()), strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+        self._renew()
+
+    def _derive(self) -> None:
+        if plain(self.spirals):  # others have shapes alone
+            for name, tensor in zip(PATTERN, spiral_pattern(self.spirals), strict=True):
+                setattr(self, name, tensor)
 
     @property
     def num_nodes(self) -> int:

@@ -14,28 +14,56 @@ from torch import Tensor
 TILE = 1024  # features that a warp holds at a time, 32 per thread
 ROWS = 16  # queries that a program of the search serves
 CHUNK = tl.constexpr(32)  # channels that the search multiplies at a time
+NO_NUMBER = tl.constexpr(2.0)  # above every cosine
 PROGRAMS = 1024  # of the search, enough to occupy a large GPU
 MAX_K = 256  # longer lists do not fit on every GPU
 
 
+# An index is not followed out of its array. A check of all of them would have to wait for the GPU;
+# instead a result that such an index takes part in is no number.
+
+
+@triton.jit
+def _entries(rowptr, row, num_entries):
+    begin, end = tl.load(rowptr + row), tl.load(rowptr + row + 1)
+    whole = (begin >= 0) & (begin <= end) & (end <= num_entries)
+    return tl.where(whole, begin, 0), tl.where(whole, end, 0), whole
+
+
+@triton.jit
+def _sources(col, entry, end, num_source):
+    source = tl.load(col + entry, entry < end, 0)
+    inside = (source >= 0) & (source < num_source)
+    return tl.where(inside, source, 0), inside
+
+
 @triton.jit
 def _spmm_kernel(
-    rowptr, col, value, x, out, num_channels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
+    rowptr,
+    col,
+    value,
+    x,
+    out,
+    num_entries,
+    num_source,
+    num_channels,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     # Several entries of one row are in flight at a time, each with a run of channels.
     row = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     valid = channel < num_channels
-    end = tl.load(rowptr + row + 1)
+    begin, end, whole = _entries(rowptr, row, num_entries)
     dtype = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros([BLOCK, CHANNELS], dtype)
-    for start in range(tl.load(rowptr + row), end, BLOCK):
+    total = tl.where(whole, tl.zeros([BLOCK, CHANNELS], dtype), float("nan"))
+    for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        source = tl.load(col + entry, entry < end, 0)
+        source, inside = _sources(col, entry, end, num_source)
         weight = tl.load(value + entry, entry < end, 0).to(dtype)
         mask = (entry < end)[:, None] & valid
         features = tl.load(x + source[:, None] * num_channels + channel, mask, 0)
-        total += weight[:, None] * features.to(dtype)
+        total += tl.where(inside, weight, float("nan"))[:, None] * features.to(dtype)
     tl.store(out + row * num_channels + channel, tl.sum(total, axis=0), valid)
 
 
@@ -51,6 +79,7 @@ def spmm(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor) -> Tensor:
     Returns:
         The rows :obj:`[M, C]`.
     """
+    _check_sizes(rowptr, col, (col.numel(), value), (x.size(0), x))
     num_rows, num_channels = rowptr.numel() - 1, x.size(1)
     out = x.new_empty(num_rows, num_channels)
     block, channels = _tile(num_channels)
@@ -61,6 +90,8 @@ def spmm(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor) -> Tensor:
             value.contiguous(),
             x.contiguous(),
             out,
+            col.numel(),
+            x.size(0),
             num_channels,
             BLOCK=block,
             CHANNELS=channels,
@@ -71,14 +102,23 @@ def spmm(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor) -> Tensor:
 
 @triton.jit
 def _sddmm_kernel(
-    rowptr, col, a, b, out, num_channels, BLOCK: tl.constexpr, CHANNELS: tl.constexpr
+    rowptr,
+    col,
+    a,
+    b,
+    out,
+    num_entries,
+    num_source,
+    num_channels,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    end = tl.load(rowptr + row + 1)
+    begin, end, whole = _entries(rowptr, row, num_entries)
     dtype = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
-    for start in range(tl.load(rowptr + row), end, BLOCK):
+    for start in range(begin, end, BLOCK):
         entry = start + tl.arange(0, BLOCK)
-        source = tl.load(col + entry, entry < end, 0)
+        source, inside = _sources(col, entry, end, num_source)
         total = tl.zeros([BLOCK, CHANNELS], dtype)
         for first in range(0, num_channels, CHANNELS):
             channel = first + tl.arange(0, CHANNELS)
@@ -87,7 +127,8 @@ def _sddmm_kernel(
             mask = (entry < end)[:, None] & valid
             right = tl.load(b + source[:, None] * num_channels + channel, mask, 0)
             total += left * right.to(dtype)
-        tl.store(out + entry, tl.sum(total, axis=1), entry < end)
+        product = tl.where(inside & whole, tl.sum(total, axis=1), float("nan"))
+        tl.store(out + entry, product, entry < end)
 
 
 def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -102,7 +143,9 @@ def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     Returns:
         One value per entry :obj:`[E]`.
     """
-    out = a.new_empty(col.numel())
+    _check_sizes(rowptr, col, (rowptr.numel() - 1, a), (b.size(0), b))
+    # An entry that no row has is no number either.
+    out = a.new_full((col.numel(),), float("nan"))
     block, channels = _tile(a.size(1))
     with torch.cuda.device_of(a):
         _sddmm_kernel[(rowptr.numel() - 1,)](
@@ -111,12 +154,25 @@ def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
             a.contiguous(),
             b.contiguous(),
             out,
+            col.numel(),
+            b.size(0),
             a.size(1),
             BLOCK=block,
             CHANNELS=channels,
             num_warps=1,
         )
     return out
+
+
+def _check_sizes(rowptr: Tensor, col: Tensor, *rows: tuple[int, Tensor]) -> None:
+    if not rowptr.dtype == col.dtype == torch.int64:
+        raise ValueError(f"Expected long indices (got {rowptr.dtype} and {col.dtype})")
+    for size, tensor in rows:
+        if tensor.size(0) != size or tensor.device != col.device or rowptr.device != col.device:
+            raise ValueError(
+                f"Expected {size} rows on {col.device} (got {list(tensor.shape)} on "
+                f"{tensor.device})"
+            )
 
 
 def _tile(num_channels: int) -> tuple[int, int]:
@@ -148,6 +204,8 @@ def _scores(query, key, row, index, num_query, end, CHANNELS: tl.constexpr):
         right = query + row.to(tl.int64) * CHANNELS + channel[:, None]
         right = tl.load(right, row < num_query, 0)
         score = tl.dot(left, right, score, input_precision="ieee", out_dtype=dtype)
+    # A score that is no number comes before all others, as where PyTorch sorts.
+    score = tl.where(score == score, score, NO_NUMBER)
     return tl.where(index < end, score, float("-inf"))
 
 
@@ -229,12 +287,13 @@ def _topk_kernel(
             top, top_index, worst, worst_index, waiting, waiting_index
         )
 
-    # Indices are of keys also where a list is short, or where scores are NaN.
+    # Indices are of keys also where a list is short.
     top = tl.where(slot < k, top, float("-inf"))
     out = (row.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * k
     for i in range(k):
         best, best_index = _best(top, top_index)
-        tl.store(score_out + out + i, best, row < num_query)
+        number = tl.where(best == NO_NUMBER, float("nan"), best)
+        tl.store(score_out + out + i, number, row < num_query)
         valid_index = tl.minimum(tl.maximum(best_index, 0), num_key - 1)
         tl.store(index_out + out + i, valid_index, row < num_query)
         top = tl.where(top_index == best_index, float("-inf"), top)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator, single
+from pyg_attnpool.ops.backend import composing, on_cpu, operator, single
 from pyg_attnpool.ops.search import Search, full_search, normalized
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, sddmm, transpose
 
@@ -55,7 +55,7 @@ def attention(
         if prior is not None:
             index, prior_weight = torch.cat([index, prior[0]], dim=1), prior[1].to(query.dtype)
         transposed = None
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not composing():
             transposed = transpose(ell_rowptr(index), index.flatten(), key.size(0))
         inputs = query, key, log_beta, share, index, prior_weight, *(transposed or [None] * 3)
         weight = _attention(*inputs, score) if on_cpu(query) else _composed(*inputs)
@@ -153,11 +153,18 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _attention_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *inputs, score = ctx.saved_tensors
     needed = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled():  # second derivatives are asked for
+    again = torch.is_grad_enabled()  # second derivatives are asked for
+    if again or composing():
         learned = [t for t, need in zip(inputs, needed, strict=False) if need]
-        found = iter(torch.autograd.grad(_composed(*inputs), learned, grad, create_graph=True))
+        with torch.enable_grad():
+            weight = _composed(*inputs)
+        found = iter(torch.autograd.grad(weight, learned, grad, create_graph=again))
         return *(next(found) if need else None for need in needed), *[None] * 6
-    of_query, of_key, (of_share, of_beta) = _attention_backward(*inputs, score, grad)
+    of_query, of_key, of_scalars = _attention_backward(*inputs, score, grad)
+    of_share, of_beta = (
+        s if like is None else s.view_as(like)
+        for s, like in zip(of_scalars, (inputs[3], inputs[2]), strict=True)
+    )
     grads = of_query, of_key, of_beta, of_share
     return *(g if need else None for g, need in zip(grads, needed, strict=True)), *[None] * 6
 

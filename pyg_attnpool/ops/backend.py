@@ -7,6 +7,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyg_attnpool.ops import _cpu
 
@@ -18,12 +19,24 @@ TRITON = importlib.util.find_spec("triton") is not None
 def on_cpu(tensor: Tensor) -> bool:
     r"""Whether the compiled operations take the tensor. A tensor that is traced has no values, so
     they do not."""
-    return _cpu.AVAILABLE and tensor.device.type == "cpu" and plain(tensor)
+    return _cpu.AVAILABLE and tensor.is_cpu and plain(tensor) and not composing()
 
 
 def on_gpu(tensor: Tensor) -> bool:
     r"""Whether the Triton kernels take the tensor."""
-    return TRITON and tensor.device.type == "cuda"
+    return TRITON and tensor.is_cuda and not composing()
+
+
+def composing() -> bool:
+    r"""Whether every operation must be one of PyTorch's own, which can be differentiated forward,
+    batched, traced and counted: in the function transforms of :mod:`torch.func`, in forward mode,
+    in :func:`torch.jit.trace`, and under a dispatch mode, as that of a FLOP counter."""
+    if torch._C._are_functorch_transforms_active():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    forward_mode = forward_ad._current_level >= 0
+    return forward_mode or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:
@@ -46,13 +59,14 @@ class Operator(Generic[Out]):
 
     On tensors that are traced it is a :func:`torch.library.custom_op`. On plain tensors it is a
     :class:`torch.autograd.Function` instead, whose call costs a fraction: a layer calls several
-    operators, and on small levels it does little else.
+    operators, and on small levels it does little else. Where only PyTorch's own operations will do
+    (:func:`composing`), it is the function itself.
 
     It is made by :func:`operator` and called with arguments by position.
 
     Attributes:
         composed (callable): The function itself. Called with tensors that are traced, it leaves
-            PyTorch's operations in the trace.
+            PyTorch's operations in the trace, which differentiate themselves.
         overload (torch._ops.OpOverload): The operator as exported programs hold it.
     """
 
@@ -67,10 +81,11 @@ class Operator(Generic[Out]):
         self.overload = getattr(torch.ops.pyg_attnpool, name).default
 
     def __call__(self, *args: Any) -> Out:
-        traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if traced or not all(plain(arg) for arg in args):
+        if torch._C._are_functorch_transforms_active():
+            return self.composed(*args)
+        if torch.compiler.is_compiling() or not all(plain(arg) for arg in args):
             return self._custom(*args)
-        return self._eager(*args)
+        return self.composed(*args) if composing() else self._eager(*args)
 
     def register_fake(self, fake: Callable[..., Out]) -> Callable[..., Out]:
         r"""Sets the function that gives the shapes of the output; see
@@ -146,8 +161,10 @@ def decompositions(**others: Callable[..., Any]) -> dict[Any, Callable[..., Any]
 
 
 def plain(arg: Any) -> bool:
-    r"""Whether an argument has values. Tracing replaces tensors by objects without; an argument
-    that is no tensor always has."""
+    r"""Whether an argument has values. Tracing replaces tensors by objects without, and
+    :obj:`is_grads_batched` by batches; an argument that is no tensor always has."""
     if not isinstance(arg, Tensor):
         return True
-    return type(arg) in (Tensor, torch.nn.Parameter) and not arg.is_meta
+    if type(arg) not in (Tensor, torch.nn.Parameter) or arg.is_meta:
+        return False
+    return not torch._C._functorch.is_legacy_batchedtensor(arg)

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import at_least_single, on_cpu, on_gpu, operator, single
+from pyg_attnpool.ops.backend import at_least_single, composing, on_cpu, on_gpu, operator, single
 
 TILE = 1 << 21  # scores that PyTorch's operations hold at a time
 
@@ -51,11 +51,13 @@ class Search:
         # Keep 2k candidates, rounded up: they stay valid for several steps; more would slow each
         # step.
         kept = min(num_key, -(-2 * k // 16) * 16)
-        self.last_query = torch.zeros(num_query, channels, dtype=dtype)
-        self.last_key = torch.zeros(num_key, channels, dtype=dtype)
-        self.candidates = torch.arange(kept, dtype=torch.int32).repeat(num_query, 1)
-        self.angle = torch.zeros(num_query, dtype=torch.float64)
-        self.searched = torch.zeros(2, dtype=torch.long)
+        # On the CPU, where alone it is used, also if a layer is made on another device.
+        with torch.device("cpu"):
+            self.last_query = torch.zeros(num_query, channels, dtype=dtype)
+            self.last_key = torch.zeros(num_key, channels, dtype=dtype)
+            self.candidates = torch.arange(kept, dtype=torch.int32).repeat(num_query, 1)
+            self.angle = torch.zeros(num_query, dtype=torch.float64)
+            self.searched = torch.zeros(2, dtype=torch.long)
 
     @property
     def share(self) -> float:
@@ -129,7 +131,8 @@ def full_search(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
         k (int): The number of keys kept, at most :math:`N`.
 
     Returns:
-        Key indices and cosines :obj:`[M, k]`, in descending order of cosine.
+        Key indices and cosines :obj:`[M, k]`, in descending order of cosine. A cosine that is no
+        number, as of a vector that is not finite, comes before all others, as where PyTorch sorts.
 
     Raises:
         ValueError: If queries and keys have other numbers of channels, or there are fewer keys
@@ -154,6 +157,13 @@ def full_search(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
             if k <= _triton.MAX_K:
                 score, index = _triton.topk(query, key, k)
                 return index, score
+        if composing():  # nothing may depend on the scores that are found
+            score = query @ key.t()
+            if torch.onnx.is_in_onnx_export():  # where the smaller index comes first by definition
+                score, index = score.topk(k)
+            else:
+                score, index = score.sort(dim=-1, descending=True, stable=True)
+            return index[:, :k], score[:, :k]
         rows = max(1, TILE // num_key)
         found = [_largest(tile @ key.t(), k) for tile in query.split(rows)]
     indices, scores = zip(*found, strict=True)
@@ -197,7 +207,8 @@ def _largest(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     order = value[:, :k].gather(1, order).sort(dim=-1, descending=True, stable=True).indices
     index = index.gather(1, order)
     if value.size(1) > k:
-        tied = (value[:, k] == value[:, k - 1]).nonzero().squeeze(1)
+        last, next_ = value[:, k - 1], value[:, k]
+        tied = ((last == next_) | (last.isnan() & next_.isnan())).nonzero().squeeze(1)
         if tied.numel() > 0:
             full = score[tied].sort(dim=-1, descending=True, stable=True).indices
             index[tied] = full[:, :k]

@@ -21,7 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import at_least_single, on_cpu, on_gpu, operator
+from pyg_attnpool.ops.backend import (
+    at_least_single,
+    composing,
+    on_cpu,
+    on_gpu,
+    operator,
+    plain,
+)
 from pyg_attnpool.ops.layout import on_rows
 
 Pattern = tuple[Tensor, Tensor, Tensor]  # rowptr, col, and the entry that each entry came from
@@ -45,8 +52,10 @@ def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
     """
     if on_cpu(col):
         return _cpu.transpose(rowptr.contiguous(), col.contiguous(), num_cols)
+    if not col.is_cuda:  # which would have to be waited for
+        _check_pattern(rowptr, col, num_cols)
     sorted_col, perm = col.sort(stable=True)
-    row = torch.repeat_interleave(rowptr.diff(), output_size=col.numel())
+    row = row_of_entries(rowptr, col)
     ends = torch.arange(num_cols + 1, device=col.device)
     return torch.searchsorted(sorted_col, ends), row[perm], perm
 
@@ -54,6 +63,46 @@ def transpose(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
 @transpose.register_fake
 def _(rowptr: Tensor, col: Tensor, num_cols: int) -> Pattern:
     return rowptr.new_empty(num_cols + 1), torch.empty_like(col), torch.empty_like(col)
+
+
+def row_of_entries(rowptr: Tensor, col: Tensor) -> Tensor:
+    r"""The row of every entry :obj:`[E]` of a CSR pattern: the number of rows that ended before it.
+
+    >>> row_of_entries(torch.tensor([0, 2, 2, 3]), torch.tensor([4, 5, 6]))
+    tensor([0, 0, 2])
+    """
+    ended = rowptr.new_zeros(col.size(0) + 1)
+    return ended.scatter_add(0, rowptr[1:], torch.ones_like(rowptr[1:])).cumsum(0)[:-1]
+
+
+def scatter_product(
+    rowptr: Tensor, col: Tensor, perm: Tensor | None, value: Tensor, x: Tensor, *transposed: Any
+) -> Tensor:
+    r"""As :meth:`spmm`, by operations that can be differentiated in any way, batched and traced,
+    and that ONNX has. They hold a row for every entry.
+
+    >>> rowptr, col = torch.tensor([0, 2, 3]), torch.tensor([0, 1, 1])
+    >>> scatter_product(rowptr, col, None, torch.ones(3), torch.tensor([[1.0], [10.0]]))
+    tensor([[11.],
+            [10.]])
+    """
+    value = value if perm is None else value[perm]
+    entries = value.unsqueeze(1) * x.index_select(0, col)
+    out = x.new_zeros(rowptr.size(0) - 1, x.size(1))
+    row = row_of_entries(rowptr, col)
+    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries)
+
+
+def _check_pattern(rowptr: Tensor, col: Tensor, num_cols: int) -> None:
+    # PyTorch's own operations follow indices unchecked, but for those that `composing` allows.
+    if composing() or not (plain(rowptr) and plain(col)):
+        return
+    ascends = rowptr[0] == 0 and rowptr[-1] == col.numel() and (rowptr.diff() >= 0).all()
+    if not ascends or (col.numel() > 0 and not 0 <= col.min() <= col.max() < num_cols):
+        raise ValueError(
+            f"Expected columns from 0 to {num_cols - 1}, and a row pointer that ascends to the "
+            f"number of entries {col.numel()} (got others)"
+        )
 
 
 @operator("spmm", decomposes=True)
@@ -68,6 +117,8 @@ def _spmm(
     perm_t: Tensor | None = None,
 ) -> Tensor:
     # Entry e has the value `value[perm[e]]`, or `value[e]` without a permutation.
+    if value.numel() != col.numel():
+        raise ValueError(f"Expected {col.numel()} values (got {value.numel()})")
     if value.numel() == 0 or x.numel() == 0:
         return x.new_zeros(rowptr.numel() - 1, x.size(1))
     rowptr, col = rowptr.contiguous(), col.contiguous()
@@ -80,6 +131,9 @@ def _spmm(
         from pyg_attnpool.ops import _triton
 
         return _triton.spmm(rowptr, col, value, x.contiguous())
+    _check_pattern(rowptr, col, x.size(0))
+    if composing():
+        return scatter_product(rowptr, col, None, value, x)
     return F.embedding_bag(
         col,
         x.contiguous(),
@@ -225,6 +279,9 @@ def _sddmm(
     left, right = a.to(dtype).contiguous(), b.to(dtype).contiguous()
     if on_cpu(a):
         return _cpu.sddmm(rowptr, col, left, right).to(a.dtype)
+    if composing():
+        return (left[row_of_entries(rowptr, col)] * right[col]).sum(dim=1).to(a.dtype)
+    _check_pattern(rowptr, col, b.size(0))
     # The sampled product takes no half precision, and no more entries than a dense matrix of its
     # shape has. Where entries repeat and need more room, zero rows make the matrix larger.
     missing = -(-col.numel() // a.size(0)) - b.size(0)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator
+from pyg_attnpool.ops.backend import on_cpu, operator, plain
 from pyg_attnpool.ops.dense import checked, combine, correlate, prepared
 from pyg_attnpool.ops.sparse import spmm, transpose
 
@@ -59,6 +59,7 @@ def _spiral_conv(
         if on_cpu(x):
             return _cpu.convolve_entries(rowptr, col, slot, x, weight, bias).to(dtype)
         length, channels, out_channels = weight.shape
+        _check_steps(index, slot)
         if channels < out_channels and not adjoint:
             steps = [_step(index, x, step) for step in range(length)]
             return combine(steps, weight, bias)
@@ -68,6 +69,17 @@ def _spiral_conv(
         out = spmm(rowptr, length * col + slot, ones, products.reshape(x.size(0) * length, -1))
         out = out.view(*x.shape[:2], out_channels)
         return out if bias is None else out + bias
+
+
+def _check_steps(index: Tensor, slot: Tensor) -> None:
+    # What PyTorch's own operations do not notice. A GPU would have to be waited for.
+    if not (plain(index) and plain(slot) and index.device.type == "cpu"):
+        return
+    if (index < -1).any() or (slot < 0).any() or (slot >= index.size(1)).any():
+        raise ValueError(
+            f"Expected spirals of vertices or -1, and steps from 0 to {index.size(1) - 1} "
+            f"(got others)"
+        )
 
 
 def _step(index: Tensor, x: Tensor, step: int) -> Tensor:
@@ -124,6 +136,7 @@ def _spiral_correlate(
         x, g = prepared(x), prepared(g)
         if on_cpu(x):
             return _cpu.outer([x] * length, [g] * length, index).to(dtype)
+        _check_steps(index, slot)
         return correlate([_step(index, x, step) for step in range(length)], [g] * length)
 
 
