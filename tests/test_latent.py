@@ -38,7 +38,7 @@ def curved():
 
 def test_walks_of_a_linear_model_are_straight(linear):
     x = meshes(4, seed=1).double()
-    a, b, c, d = linear(x)
+    a, b, c, _ = linear(x)
     path = linear.interpolate(x[0], x[1], 5)
     t = torch.tensor([0, 0.25, 0.5, 0.75, 1]).double().view(-1, 1, 1)
     assert_close(path, a + t * (b - a))
