@@ -38,6 +38,7 @@ FREEDOM = {"none": 0, "rigid": 6, "similarity": 7}
 NOISE = 0.001  # metres
 BLOCK = 128  # meshes decoded at a time
 MESHES = 16  # meshes fitted at a time
+TOLERANCE = 1e-4  # a relative decrease of the objective that is small
 SAMPLES = 2000  # points of a scan, and vertices of the model, that every step looks at
 POSE_STEPS = 60  # of the search for a first pose
 RIGID_STEPS = 10  # of a scan before the shape may change
@@ -566,13 +567,11 @@ def _levenberg_marquardt(
     hessian, gradient, objective, centre = _equations(decoder, points, state, freedom)
     damping = torch.full_like(objective, 1e-4)
     converged = torch.zeros_like(objective, dtype=torch.bool)
-    # An objective of single precision cannot tell smaller steps.
-    tolerance = torch.finfo(decoder.model.mean.dtype).eps ** 0.75
     for _ in range(max_iterations):
         trial = state.moved(_solve(hessian, gradient, damping), centre)
         new = _equations(decoder, points, trial, freedom)
         better = (new[2] <= objective) & ~converged
-        small = (objective - new[2]).abs() <= tolerance * objective + 1e-300
+        small = (objective - new[2]).abs() <= TOLERANCE * objective
         state = _where(better, trial, state)
         # At the minimum rounding decides whether a step is better: a small one ends either way.
         converged = converged | small
@@ -580,7 +579,8 @@ def _levenberg_marquardt(
             _choose(better, a, b)
             for a, b in zip(new, (hessian, gradient, objective, centre), strict=True)
         )
-        damping = torch.where(better, damping / 10, damping * 10)
+        # A decoder of ReLUs has kinks: after many good steps one bad step wants much damping.
+        damping = torch.where(better, damping / 10, (10 * damping).clamp(min=1e-2))
         if converged.all():
             break
     return state, converged

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 5  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+VERSION = 6  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 

@@ -98,15 +98,25 @@ class _Bodies:
     def blocks(self, start: int) -> Iterator[ndarray]:
         first, skipped = divmod(start, len(MOTIONS))
         for s in range(first, NUM_SUBJECTS):
-            rng = np.random.default_rng([self.seed, s, 0])
-            ranges = {"gender": GENDERS["mf"[s % 2]], **PHENOTYPES}
-            shape = self.model.draw_shape(rng, ranges, CHANGES, 0.01)
-            for m, motion in list(enumerate(MOTIONS, start=1))[skipped:]:
-                rng = np.random.default_rng([self.seed, s, m])
-                turns = rotation_vectors(draw_motion(rng, motion, self.time))
-                block = np.empty((len(self.time), NUM_VERTICES, 3), dtype=np.float32)
-                for i in range(0, len(block), CHUNK):
-                    angles = {bone: turn[i : i + CHUNK] for bone, turn in turns.items()}
-                    block[i : i + CHUNK] = self.model(shape, angles=angles)
-                yield block
+            shape = self._shape(s)
+            for m in range(skipped, len(MOTIONS)):
+                yield self._sequence(s, m, shape)
             skipped = 0
+
+    def transferred(self, source: int, target: int, expression: int) -> ndarray:
+        r"""The sequence of a motion as one subject makes it, on the shape of another."""
+        return self._sequence(source, expression, self._shape(target))
+
+    def _shape(self, s: int) -> dict[str, ndarray]:
+        rng = np.random.default_rng([self.seed, s, 0])
+        ranges = {"gender": GENDERS["mf"[s % 2]], **PHENOTYPES}
+        return self.model.draw_shape(rng, ranges, CHANGES, 0.01)
+
+    def _sequence(self, s: int, m: int, shape: dict[str, ndarray]) -> ndarray:
+        rng = np.random.default_rng([self.seed, s, m + 1])
+        turns = rotation_vectors(draw_motion(rng, list(MOTIONS)[m], self.time))
+        block = np.empty((len(self.time), NUM_VERTICES, 3), dtype=np.float32)
+        for i in range(0, len(block), CHUNK):
+            angles = {bone: turn[i : i + CHUNK] for bone, turn in turns.items()}
+            block[i : i + CHUNK] = self.model(shape, angles=angles)
+        return block

@@ -148,16 +148,28 @@ class _Faces:
     def blocks(self, start: int) -> Iterator[ndarray]:
         first, skipped = divmod(start, len(EXPRESSIONS))
         for s in range(first, NUM_SUBJECTS):
-            rng = np.random.default_rng([self.seed, s, 0])
-            shape = self.head.draw_shape(rng, PHENOTYPES, CHANGES, 0.002)
-            style = np.exp(0.12 * rng.standard_normal(len(self.head.actions)))
-            side = "Left" if rng.random() < 0.5 else "Right"
-            center = self.head(shape)[0].mean(axis=0)
-            for e, peak in list(enumerate(EXPRESSIONS.values(), start=1))[skipped:]:
-                rng = np.random.default_rng([self.seed, s, e])
-                motion = _draw_motion(self.head, rng, _spell_out(peak, side), style, self.time)
-                yield self.head(shape, *motion) - center
+            subject = self._subject(s)
+            for e in range(skipped, len(EXPRESSIONS)):
+                yield self._sequence(s, e, subject, subject)
             skipped = 0
+
+    def transferred(self, source: int, target: int, expression: int) -> ndarray:
+        r"""The sequence of an expression as one subject makes it, on the shape of another."""
+        return self._sequence(source, expression, self._subject(source), self._subject(target))
+
+    def _subject(self, s: int) -> tuple[dict[str, ndarray], ndarray, str]:
+        # The shape of a subject, the style of its motion, and the side that it prefers.
+        rng = np.random.default_rng([self.seed, s, 0])
+        shape = self.head.draw_shape(rng, PHENOTYPES, CHANGES, 0.002)
+        style = np.exp(0.12 * rng.standard_normal(len(self.head.actions)))
+        return shape, style, "Left" if rng.random() < 0.5 else "Right"
+
+    def _sequence(self, s: int, e: int, mover: tuple, moved: tuple) -> ndarray:
+        rng = np.random.default_rng([self.seed, s, e + 1])
+        (shape, *_), (_, style, side) = moved, mover
+        peak = _spell_out(list(EXPRESSIONS.values())[e], side)
+        motion = _draw_motion(self.head, rng, peak, style, self.time)
+        return self.head(shape, *motion) - self.head(shape)[0].mean(axis=0)
 
 
 def _spell_out(peak: dict[str, float], side: str) -> dict[str, float]:
