@@ -33,7 +33,8 @@ ROOMS = [
 
 # The methods of a morphable model that are one line each: they import their room when called.
 FORWARD = {
-    ("models.morphable", room) for room in ("export", "fitting", "latent", "metrics", "training")
+    ("models.morphable", room)
+    for room in ("export", "fitting", "latent", "metrics", "training", "visualize")
 }
 
 

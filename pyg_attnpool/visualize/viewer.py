@@ -21,7 +21,7 @@ from numpy import ndarray
 from scipy.sparse import csr_array
 from torch import Tensor
 
-from pyg_attnpool.datasets.mesh_dataset import as_meshes, blocks
+from pyg_attnpool.datasets.inputs import as_meshes, blocks
 from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import encode_all
 from pyg_attnpool.models.plan import Step, decoder_plan, run_plan
