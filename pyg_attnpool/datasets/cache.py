@@ -3,6 +3,7 @@ there may be more than memory holds, and beside it what belongs to them."""
 
 import glob
 import hashlib
+import inspect
 import mmap
 import os
 import shutil
@@ -187,7 +188,7 @@ def progress_bar(description: str, total: int | None = None) -> tqdm:
 def _writing(folder: Path | str) -> Iterator[None]:
     try:
         yield
-    except OSError as e:
+    except (OSError, NotImplementedError) as e:  # the latter of earlier versions of filelock
         raise ValueError(f"Expected to write to {folder} (got: {e})") from e
 
 
@@ -195,10 +196,8 @@ def _writing(folder: Path | str) -> Iterator[None]:
 def _held(path: Path) -> Iterator[None]:
     # The lock of this thread alone, which others wait for. The system releases that of a process
     # that is killed; where it has no locks, files as signs instead would be waited for for ever.
-    try:
-        lock = FileLock(path, fallback_to_soft=False)
-    except TypeError:  # earlier versions never fall back
-        lock = FileLock(path)
+    falls_back = "fallback_to_soft" in inspect.signature(FileLock.__init__).parameters
+    lock = FileLock(path, fallback_to_soft=False) if falls_back else FileLock(path)
     while True:
         with _writing(path.parent), open(path, "ab") as file:
             lock.acquire()
