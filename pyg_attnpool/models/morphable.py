@@ -12,6 +12,7 @@ from torch.nn import Module
 
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
 from pyg_attnpool.models.coma import coma
+from pyg_attnpool.models.modal import modal
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.freeze import freeze
@@ -150,6 +151,21 @@ class MorphableModel(Module):
         r"""A model around :func:`~pyg_attnpool.models.neural3dmm`, the spiral autoencoder. The
         arguments are those of :meth:`coma`."""
         network = neural3dmm(_hierarchy(template, unit), pool, latent_channels, **kwargs)
+        return cls(network, unit=unit)
+
+    @classmethod
+    def modal(
+        cls,
+        template: Template,
+        latent_channels: int = 8,
+        pool: Any = "attention",
+        unit: str = "m",
+        **kwargs: Any,
+    ) -> MorphableModel:
+        r"""A model around :func:`~pyg_attnpool.models.modal`, principal components bent by a
+        perceptron, with a spiral autoencoder for the rest. The arguments are those of
+        :meth:`coma`."""
+        network = modal(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 
     @classmethod

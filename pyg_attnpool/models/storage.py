@@ -26,6 +26,7 @@ from torch_geometric.nn import MessagePassing
 from pyg_attnpool.files import replacing_folder
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
+from pyg_attnpool.models.modal import ModalAutoencoder, ModalConfig
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import check_index
 from pyg_attnpool.nn.mapping_pool import MappingPool
@@ -156,12 +157,11 @@ def describe(autoencoder: Module) -> dict[str, Any]:
     if type(autoencoder) is PCA:
         shape = autoencoder.components.shape
         return {"type": "PCA", "latent_channels": shape[0], "in_channels": shape[2]}
-    if type(autoencoder) is MeshAutoencoder:
-        config = {
-            f.name: _named(getattr(autoencoder.config, f.name)) for f in fields(AutoencoderConfig)
-        }
+    if type(autoencoder) in (MeshAutoencoder, ModalAutoencoder):
+        config: Any = autoencoder.config
+        values = {f.name: _named(getattr(config, f.name)) for f in fields(config)}
         try:
-            return {"type": "MeshAutoencoder", **json.loads(json.dumps(config))}
+            return {"type": type(autoencoder).__name__, **json.loads(json.dumps(values))}
         except TypeError:
             pass  # of callables or tensors, which only its own code makes again
     return {"type": f"{type(autoencoder).__module__}.{type(autoencoder).__qualname__}"}
@@ -187,15 +187,28 @@ def _network(
         return autoencoder
     if kind == "PCA":
         return PCA.empty(len(tensors["template"]), **description)
-    if kind != "MeshAutoencoder":
+    if kind not in ("MeshAutoencoder", "ModalAutoencoder"):
         raise ValueError(
             f"a network of the class {kind}, whose code the folder does not hold: pass an instance "
             f"as MorphableModel.load(folder, autoencoder=...)"
         )
     if hierarchy is None:
         raise ValueError("a network without its hierarchy")
-    config = AutoencoderConfig(**description)
+    with torch.random.fork_rng(devices=[]):  # every initial value is replaced
+        if kind == "MeshAutoencoder":
+            config = AutoencoderConfig(**description)
+            return _mesh_autoencoder(config, hierarchy, tensors, "autoencoder.")
+        modal = ModalConfig(**description)
+        network = ModalAutoencoder(hierarchy, replace(modal, pool=None))
+        network.config, of_mesh = modal, modal.mesh_config()
+        if of_mesh is not None:
+            network.mesh = _mesh_autoencoder(of_mesh, hierarchy, tensors, "autoencoder.mesh.")
+    return network
 
+
+def _mesh_autoencoder(
+    config: AutoencoderConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor], place: str
+) -> MeshAutoencoder:
     # A layer that is fixed in the file is made fixed, not learned first.
     def restored(
         hierarchy: MeshHierarchy,
@@ -205,8 +218,8 @@ def _network(
         **kwargs: Any,
     ) -> Module:
         down = direction == "down"
-        place = level if down else len(hierarchy.down) - 1 - level
-        prefix = f"autoencoder.{'pools' if down else 'unpools'}.{place}."
+        number = level if down else len(hierarchy.down) - 1 - level
+        prefix = f"{place}{'pools' if down else 'unpools'}.{number}."
         index = tensors.get(prefix + "index")
         if index is not None and prefix + "initial_weight" not in tensors:
             sizes = hierarchy.num_vertices[level : level + 2]
@@ -219,8 +232,7 @@ def _network(
             query, hierarchy, level, direction, in_channels, published, **kwargs
         )
 
-    with torch.random.fork_rng(devices=[]):  # every initial value is replaced
-        network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
+    network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
     network.config = config
     return network
 
@@ -241,7 +253,9 @@ def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _card(model: MorphableModel, name: str) -> str:
-    num_parameters = sum(p.numel() for p in model.parameters())
+    # Principal components are as much of a model as what it has learned.
+    linear = (m.components for m in model.modules() if isinstance(m, PCA))
+    num_parameters = sum(p.numel() for p in (*model.parameters(), *linear))
     rows = {
         "architecture": _architecture(model.autoencoder),
         "vertices, faces": f"{model.num_vertices:,}, {len(model.faces):,}",
@@ -279,6 +293,9 @@ model.write_mesh("mean.ply", meshes[0])
 
 
 def _architecture(autoencoder: Module) -> str:
+    if isinstance(autoencoder, ModalAutoencoder):
+        of_mesh = "" if autoencoder.mesh is None else f", {_architecture(autoencoder.mesh)}"
+        return f"{autoencoder.num_modes} principal components bent by a perceptron{of_mesh}"
     if not isinstance(autoencoder, MeshAutoencoder):
         return type(autoencoder).__name__
     config = asdict(autoencoder.config)

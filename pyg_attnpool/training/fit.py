@@ -2,6 +2,7 @@ r"""Fitting a morphable model, from its arguments to the best weights."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import logging
@@ -14,7 +15,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
@@ -67,7 +68,9 @@ def fit(
     mean and standard deviation, in metres, and latent statistics of the training meshes.
 
     A network with a method :obj:`fit` of its own, such as :class:`~pyg_attnpool.models.PCA`, is
-    fitted by that to all training meshes; the other arguments do not matter to it.
+    fitted by that to all training meshes; the other arguments do not matter to it. One with a
+    method :obj:`fit_modes`, such as :class:`~pyg_attnpool.models.ModalAutoencoder`, has its linear
+    path fitted first, and stays at this start if no epoch is better on the validation meshes.
 
     Args:
         model (MorphableModel): The model.
@@ -88,7 +91,8 @@ def fit(
             :class:`~pyg_attnpool.training.MeshTraining`. (default: :obj:`"one_cycle"`)
         lr (float, optional): Another learning rate. (default: :obj:`None`)
         loss (callable, optional): Takes output and target :obj:`[B, N, C]`, standardised, to a
-            scalar. If :obj:`None`, the L1 loss. (default: :obj:`None`)
+            scalar. If :obj:`None`, the network's own method :obj:`training_loss`, or else the L1
+            loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, such as
             :func:`~pyg_attnpool.training.rigid_motion`. (default: :obj:`None`)
         callbacks (list, optional): Callbacks of Lightning beside those of :func:`fit`.
@@ -143,7 +147,11 @@ def fit(
         model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - start)}
     else:
         mean, std = _standardization(train, getattr(model.autoencoder, "standardized", True))
-        before = model.mean.clone(), model.std.clone()
+        before = {
+            name: value.clone()
+            for name, value in model.state_dict().items()
+            if name in dict(model.named_buffers())
+        }
         model.set_statistics(mean.to(model.mean), std.to(model.std))
         settings = {
             "template": digest({"template": model.template.numpy(force=True)})[:16],
@@ -157,12 +165,19 @@ def fit(
         }
         try:
             module = MeshTraining(model, optimizer, lr, loss, transform, settings, compile)
+            start_mm = _fit_modes(model, train, val)
+            start_state = copy.deepcopy(model.state_dict())
             with _folder(output) as folder:
                 data = MeshData(train, val, batch_size, seed)
                 best = _train(module, data, folder, epochs, callbacks, logger, resume, trainer)
         except BaseException:
-            model.set_statistics(*before)
+            with torch.no_grad():
+                for name, value in before.items():
+                    model.get_buffer(name).copy_(value)
             raise
+        if start_mm is not None and not best["val_mm"] < start_mm:
+            model.load_state_dict(start_state)
+            best["val_mm"] = start_mm
         model.summary = {
             "meshes": len(train),
             "epochs": epochs,
@@ -177,6 +192,18 @@ def fit(
         }
     model.set_latent_statistics(train)
     return model.freeze() if freeze else model
+
+
+def _fit_modes(
+    model: MorphableModel, train: Tensor | MeshDataset, val: Tensor | MeshDataset
+) -> float | None:
+    # The validation error of the linear path alone, where there is one: the start of training.
+    if not hasattr(model.autoencoder, "fit_modes"):
+        return None
+    model.autoencoder.fit_modes(
+        lambda: (model.standardize(block.to(model.mean)) for block in blocks(train, BLOCK))
+    )
+    return model.evaluate(val)["mean"]
 
 
 def _rounded(value: float) -> float:
@@ -312,7 +339,9 @@ def _split(meshes: Tensor | MeshDataset) -> tuple[Any, Any]:
     return meshes[~is_val], meshes[is_val]
 
 
-def _standardization(x: Tensor | MeshDataset, wanted: bool) -> tuple[Tensor, Tensor]:
+def _standardization(
+    x: Tensor | MeshDataset, wanted: bool | Literal["uniform"]
+) -> tuple[Tensor, Tensor]:
     # Mean and standard deviation of every feature in one pass, block by block (Chan, Golub &
     # LeVeque): squares are taken about the mean of their block, never of sums that nearly cancel.
     count, mean, squares = 0, torch.tensor(0.0), torch.tensor(0.0)
@@ -327,6 +356,10 @@ def _standardization(x: Tensor | MeshDataset, wanted: bool) -> tuple[Tensor, Ten
         largest = torch.maximum(block.abs().amax(dim=0), largest.to(block))
         count = total
     std = (squares / count).sqrt()
+    if wanted == "uniform":  # one for the coordinates of all vertices, one for each further feature
+        variance = std.square().mean(dim=0)
+        variance[:3] = variance[:3].mean()
+        std = variance.sqrt().expand_as(std).clone()
     # Rounding alone makes the deviation of a still feature about 1e-7 of its value. It is divided
     # by one.
     std = std.masked_fill(std <= 1e-6 * largest.clamp(min=std.max()), 1.0)
