@@ -1,17 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Linear, Module, Sequential, SiLU
+from torch.nn import Linear, Module, ModuleList, Sequential, SiLU
 
 from pyg_attnpool.mesh import MeshHierarchy
-from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
 from pyg_attnpool.models.pca import PCA
-from pyg_attnpool.nn.resolver import Query
+from pyg_attnpool.nn.resolver import Query, pooling_resolver
+
+Blocks = Callable[[], Iterable[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -19,83 +20,67 @@ class ModalConfig:
     r"""The arguments of a :class:`ModalAutoencoder`, which are also its JSON on disk.
 
     Args:
-        pool (str, type or callable, optional): The aggregation of the mesh path, as in
-            :func:`~pyg_attnpool.nn.resolver.pooling_resolver`. If :obj:`None`, there is no mesh
-            path. (default: :obj:`"attention"`)
+        pool (str, type or callable, optional): The aggregation that carries modes from their level
+            up to the template, as in :func:`~pyg_attnpool.nn.resolver.pooling_resolver`.
+            (default: :obj:`"attention"`)
         latent_channels (int, optional): Size of the latent code :math:`L`. (default: :obj:`8`)
         modes (int, optional): The number of modes beyond the :math:`L` of the code itself, as far
-            as there are training meshes for them. (default: :obj:`32`)
+            as there are training meshes for them. (default: :obj:`64`)
+        level (int, optional): The level that these modes are of. On level 0, that of the template,
+            nothing carries them up. (default: :obj:`1`)
         hidden_channels (int, optional): Size of the hidden layers between code and modes.
             (default: :obj:`512`)
         in_channels (int, optional): The features of a vertex, of which the first three are its
             coordinates. (default: :obj:`3`)
-        mesh_kwargs (dict, optional): Further arguments of the mesh path, those of
-            :class:`~pyg_attnpool.models.AutoencoderConfig`. (default: :obj:`{}`)
+        pool_kwargs (dict, optional): Arguments of the aggregation. (default: :obj:`{}`)
     """
 
-    pool: Query | None = "attention"
+    pool: Query = "attention"
     latent_channels: int = 8
-    modes: int = 32
+    modes: int = 64
+    level: int = 1
     hidden_channels: int = 512
     in_channels: int = 3
-    mesh_kwargs: dict[str, Any] = field(default_factory=dict)
+    pool_kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, low in (
-            ("latent_channels", 1),
-            ("modes", 0),
-            ("hidden_channels", 1),
-            ("in_channels", 3),
-        ):
+        lowest = {
+            "latent_channels": 1,
+            "modes": 0,
+            "level": 0,
+            "hidden_channels": 1,
+            "in_channels": 3,
+        }
+        for name, low in lowest.items():
             value = getattr(self, name)
             if not isinstance(value, int) or value < low:
                 raise ValueError(f"Expected '{name}' to be an integer from {low} (got {value!r})")
-        # One form of everything, so that a config from JSON equals the one that was written.
-        given = dict(self.mesh_kwargs or {})
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-        object.__setattr__(self, "mesh_kwargs", given)
-        own = {"down", "latent_channels", "in_channels"}.intersection(self.mesh_kwargs)
-        if own:
-            raise ValueError(f"Expected other arguments of the mesh path (got {sorted(own)})")
-
-    def mesh_config(self) -> AutoencoderConfig | None:
-        r"""The arguments of the mesh path, a spiral autoencoder."""
-        if self.pool is None:
-            return None
-        spiral: dict[str, Any] = {
-            "conv": "spiral",
-            "activation": "elu",
-            "expand_activation": None,
-            "out_bias": True,
-            **self.mesh_kwargs,
-        }
-        return AutoencoderConfig(
-            down=self.pool,
-            latent_channels=self.latent_channels,
-            in_channels=self.in_channels,
-            **spiral,
-        )
+        object.__setattr__(self, "pool_kwargs", dict(self.pool_kwargs or {}))
 
 
 class ModalAutoencoder(Module):
-    r"""An autoencoder that starts as principal component analysis and never leaves it as one of its
-    paths. With the modes :math:`\mathbf{V}` of largest variance of the training meshes, their
-    coefficients :math:`\mathbf{c}` and standard deviations :math:`\mathbf{s}`,
+    r"""An autoencoder that starts as principal component analysis and keeps it as one of its paths.
+
+    With the :math:`L` principal components :math:`\mathbf{V}` of the training meshes, the mapping
+    :math:`\mathbf{D}` to a coarser level of the template, the principal components
+    :math:`\mathbf{W}` of what :math:`\mathbf{V}` leaves there, and the learned aggregation
+    :math:`\mathbf{U}` back up,
 
     .. math::
         \mathbf{c} &= \mathbf{V}^{\top} \mathbf{x}, \qquad
-        \mathbf{z} = \frac{\mathbf{c}_{1 \ldots L}}{\mathbf{s}_{1 \ldots L}} + g(\mathbf{c}) +
-        \mathrm{enc}(\mathbf{x})
+        \mathbf{d} = \mathbf{W}^{\top} \mathbf{D} (\mathbf{x} - \mathbf{V} \mathbf{c})
 
-        \hat{\mathbf{x}} &= \mathbf{V} \left( (\mathbf{s}_{1 \ldots L} \, \mathbf{z}, \mathbf{0}) +
-        f(\mathbf{z}) \right) + \mathrm{dec}(\mathbf{z})
+        \mathbf{z} &= \mathbf{c} / \mathbf{s} + g(\mathbf{c}, \mathbf{d})
 
-    where the perceptrons :math:`g` and :math:`f` bend the linear space along the code, into more
-    modes than the code has channels, and enc and dec are a spiral autoencoder as
-    :func:`~pyg_attnpool.models.neural3dmm` with learned aggregation, for what the modes leave. The
-    last layers of :math:`g, f`, enc and dec start at zero, so that the network starts as
-    :class:`~pyg_attnpool.models.PCA` of :math:`L` components. The modes are buffers, which
-    :meth:`fit_modes` sets and training leaves alone.
+        \hat{\mathbf{x}} &= \mathbf{V} \left( \mathbf{s} \, \mathbf{z} + f_1(\mathbf{z}) \right) +
+        \mathbf{U} \mathbf{W} f_2(\mathbf{z})
+
+    where :math:`\mathbf{s}` is the standard deviation of :math:`\mathbf{c}`. The perceptrons
+    :math:`g` and :math:`f = (f_1, f_2)` bend the linear space along the code, into more modes than
+    the code has channels. These modes lie on the coarser level, where one takes a quarter of the
+    numbers. Both perceptrons start at zero, and so the network as :class:`~pyg_attnpool.models.PCA`
+    of :math:`L` components. The components are buffers, which :meth:`fit_modes` sets and training
+    leaves alone.
 
     It computes on features that are centred and divided by one scale for all vertices: their least
     squares are those of millimetres.
@@ -110,11 +95,11 @@ class ModalAutoencoder(Module):
         - **output:** vertex features :math:`(B, N, C)`
 
     Raises:
-        ValueError: If an argument is out of range, or one of the mesh path does not fit.
+        ValueError: If an argument is out of range, or there is no such level.
     """
 
     standardized = "uniform"  # one scale for all vertices, see `MorphableModel.fit`
-    mode_std: Tensor
+    scale: Tensor
 
     def __init__(
         self, hierarchy: MeshHierarchy, config: ModalConfig | None = None, **kwargs: Any
@@ -123,80 +108,97 @@ class ModalAutoencoder(Module):
         if config is not None and kwargs:
             raise ValueError(f"Expected either 'config' or its arguments (got both, {set(kwargs)})")
         config = ModalConfig(**kwargs) if config is None else config
-        latent, hidden = config.latent_channels, config.hidden_channels
-        num_modes = latent + config.modes
+        if config.level > len(hierarchy.down):
+            raise ValueError(
+                f"Expected a 'level' from 0 to {len(hierarchy.down)} (got {config.level})"
+            )
+        latent, features = config.latent_channels, config.in_channels
         self.hierarchy = hierarchy
         self.config = config
         self.latent_channels = latent
-        self.linear = PCA.empty(hierarchy.num_vertices[0], num_modes, config.in_channels)
-        self.register_buffer("mode_std", torch.ones(num_modes))
-        self.to_code = _perceptron(num_modes, hidden, latent)
-        self.from_code = _perceptron(latent, hidden, num_modes)
-        self.mesh: MeshAutoencoder | None = None
-        mesh_config = config.mesh_config()
-        if mesh_config is not None:
-            self.mesh = MeshAutoencoder(hierarchy, mesh_config)
-        self.reset_last_layers()
+        self.linear = PCA.empty(hierarchy.num_vertices[0], latent, features)
+        self.modes = PCA.empty(hierarchy.num_vertices[config.level], config.modes, features)
+        # The standard deviation of every coefficient, those of the code first.
+        self.register_buffer("scale", torch.ones(latent + config.modes))
+        self.to_code = _perceptron(len(self.scale), config.hidden_channels, latent)
+        self.from_code = _perceptron(latent, config.hidden_channels, len(self.scale))
+        levels = range(config.level)
+        self.pools = ModuleList(
+            pooling_resolver("qem", hierarchy, level, "down", features) for level in levels
+        )
+        # From coarse to fine, in the order of use.
+        self.unpools = ModuleList(
+            pooling_resolver(config.pool, hierarchy, level, "up", features, **config.pool_kwargs)
+            for level in reversed(levels)
+        )
 
     @torch.no_grad()
-    def reset_last_layers(self) -> None:
-        r"""Sets the last layer of every path but the linear one to zero."""
-        last = [self.to_code[-1], self.from_code[-1]]
-        if self.mesh is not None:
-            last += [self.mesh.to_latent, self.mesh.out_conv]
-        for layer in last:
-            for parameter in layer.parameters():
-                parameter.zero_()
-
-    @property
-    def num_modes(self) -> int:
-        r"""The number of modes, those of the code among them."""
-        return self.mode_std.numel()
-
-    @torch.no_grad()
-    def fit_modes(self, blocks: Callable[[], Iterable[Tensor]]) -> None:
-        r"""Sets the modes to the principal components of training meshes. Where there are fewer
-        meshes than modes, the others are zero.
+    def fit_modes(self, blocks: Blocks) -> None:
+        r"""Sets the linear path to the principal components of training meshes, and the modes to
+        those of what it leaves. Where there are fewer meshes than modes, the others are zero.
 
         Args:
             blocks (callable): Makes an iterator over blocks :obj:`[M, N, C]` of all training
-                meshes, as the network takes them. It is called several times where the meshes do
-                not fit into memory.
+                meshes, as the network takes them. It is called several times.
 
         Raises:
             ValueError: If there are not more meshes than latent channels.
         """
-        self.linear.fit(blocks, at_least=self.latent_channels)
+        self.linear.fit(blocks)
+
+        def left() -> Iterator[Tensor]:
+            for x in blocks():
+                x = x.to(self.linear.mean)
+                yield self._pooled(x - self.linear(x))
+
+        if self.config.modes > 0:
+            self.modes.fit(left, at_least=0)
         squares, count = torch.zeros(()), 0
         for x in blocks():
-            c = self.linear.encode(x.to(self.linear.mean)).double().cpu()
+            c = self._coefficients(x.to(self.linear.mean)).double().cpu()
             squares, count = squares + c.square().sum(dim=0), count + len(c)
         std = (squares / count).sqrt()
         # A mode without variance would have to be divided by zero.
-        self.mode_std.copy_(std.clamp(min=max(1e-4 * std.max().item(), 1e-12)))
+        self.scale.copy_(std.clamp(min=max(1e-4 * std.max().item(), 1e-12)))
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        for pool in self.pools:
+            x = pool(x, rows=True)
+        return x.transpose(0, 1)
+
+    def _unpooled(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        for unpool in self.unpools:
+            x = unpool(x, rows=True)
+        return x.transpose(0, 1)
+
+    def _coefficients(self, x: Tensor) -> Tensor:
+        c = self.linear.encode(x)
+        left = self._pooled(x - self.linear.decode(c))
+        return torch.cat([c, self.modes.encode(left)], dim=1)
 
     def _balance(self) -> Tensor:
-        # Between the modes' own scale, in which each counts as much as the first, and one scale for
-        # all, in which the last ones vanish.
-        return (self.mode_std * self.mode_std[0]).sqrt()
+        # Between a scale of its own for every mode, by which each counts as much as the first, and
+        # one for all, by which the last ones vanish.
+        return (self.scale * self.scale[0]).sqrt()
 
     def encode(self, x: Tensor) -> Tensor:
         r"""Vertex features :obj:`[B, N, C]` to latent codes :obj:`[B, latent_channels]`."""
         expected = tuple(self.linear.mean.shape)
         if x.dim() != 3 or x.shape[1:] != expected:
             raise ValueError(f"Expected vertices of shape {['B', *expected]} (got {list(x.shape)})")
-        c, latent = self.linear.encode(x), self.latent_channels
-        z = c[:, :latent] / self.mode_std[:latent] + self.to_code(c / self._balance())
-        return z if self.mesh is None else z + self.mesh.encode(x)
+        c, latent = self._coefficients(x), self.latent_channels
+        return c[:, :latent] / self.scale[:latent] + self.to_code(c / self._balance())
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Latent codes :obj:`[B, latent_channels]` to vertex features :obj:`[B, N, C]`."""
         latent = self.latent_channels
         if z.dim() != 2 or z.size(1) != latent:
             raise ValueError(f"Expected latent codes of shape [B, {latent}] (got {list(z.shape)})")
-        own = torch.nn.functional.pad(z * self.mode_std[:latent], (0, self.num_modes - latent))
-        x = self.linear.decode(own + self.from_code(z) * self._balance())
-        return x if self.mesh is None else x + self.mesh.decode(z)
+        bent = self.from_code(z) * self._balance()
+        x = self.linear.decode(self.scale[:latent] * z + bent[:, :latent])
+        return x + self._unpooled(self.modes.decode(bent[:, latent:]))
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Reconstructs vertex features :obj:`[B, N, C]`."""
@@ -204,7 +206,7 @@ class ModalAutoencoder(Module):
 
     def training_loss(self, out: Tensor, x: Tensor) -> Tensor:
         r"""The mean distance of a vertex to where it should be, and the L1 loss of further
-        features; what :meth:`MorphableModel.fit` minimises where no other loss is given."""
+        features: what :meth:`MorphableModel.fit` minimises where no other loss is given."""
         distance = (out[..., :3] - x[..., :3]).norm(dim=-1).mean()
         if x.size(-1) == 3:
             return distance
@@ -213,45 +215,50 @@ class ModalAutoencoder(Module):
     def __repr__(self) -> str:
         return (
             f"{self.__class__.__name__}(num_vertices={self.linear.mean.size(0)}, "
-            f"latent_channels={self.latent_channels}, modes={self.num_modes})"
+            f"latent_channels={self.latent_channels}, modes={self.config.modes}, "
+            f"level={self.config.level})"
         )
 
 
 def _perceptron(in_channels: int, hidden_channels: int, out_channels: int) -> Sequential:
-    return Sequential(
+    layers = Sequential(
         Linear(in_channels, hidden_channels),
         SiLU(),
         Linear(hidden_channels, hidden_channels),
         SiLU(),
         Linear(hidden_channels, out_channels),
     )
+    for parameter in layers[-1].parameters():
+        torch.nn.init.zeros_(parameter)
+    return layers
 
 
 def modal(
     hierarchy: MeshHierarchy,
-    pool: Query | None = "attention",
+    pool: Query = "attention",
     latent_channels: int = 8,
-    modes: int = 32,
-    hidden_channels: int = 512,
-    in_channels: int = 3,
     **kwargs: Any,
 ) -> ModalAutoencoder:
-    r"""The autoencoder of this package with the smallest errors: principal components, bent by a
-    perceptron, and a spiral autoencoder with learned aggregation for what they leave. See
-    :class:`ModalAutoencoder` for the equations.
+    r"""The autoencoder of this package with the smallest errors: principal components, bent by
+    perceptrons into further modes, which learned aggregation carries from a coarser level up to the
+    template. See :class:`ModalAutoencoder` for the equations.
 
     Args:
-        hierarchy (MeshHierarchy): The levels of the template, five unless channels are given.
-        pool (str, optional): The aggregation of the mesh path, such as :obj:`"qem"` or
-            :obj:`"attention"`, see :func:`~pyg_attnpool.nn.resolver.pooling_resolver`. If
-            :obj:`None`, there is no mesh path. (default: :obj:`"attention"`)
+        hierarchy (MeshHierarchy): The levels of the template.
+        pool (str, optional): The aggregation, such as :obj:`"qem"` or :obj:`"attention"`, see
+            :func:`~pyg_attnpool.nn.resolver.pooling_resolver`. (default: :obj:`"attention"`)
         latent_channels (int, optional): Size of the latent code. (default: :obj:`8`)
-        modes (int, optional): The number of modes beyond those of the code. (default: :obj:`32`)
-        hidden_channels (int, optional): Size of the perceptrons' hidden layers.
-            (default: :obj:`512`)
-        in_channels (int, optional): The features of a vertex. (default: :obj:`3`)
-        **kwargs (optional): Additional arguments of the mesh path, those of
-            :class:`~pyg_attnpool.models.AutoencoderConfig`.
+        **kwargs (optional): Additional arguments of
+            :class:`~pyg_attnpool.models.modal.ModalConfig`.
+
+    Example:
+        >>> import numpy as np
+        >>> grid = np.stack(np.meshgrid(range(6), range(6), [0.0]), axis=-1).reshape(-1, 3)
+        >>> corner = np.arange(30).reshape(5, 6)[:, :5].ravel()
+        >>> faces = np.concatenate([np.stack([corner, corner + 1, corner + 6], axis=1),
+        ...                         np.stack([corner + 1, corner + 7, corner + 6], axis=1)])
+        >>> hierarchy = MeshHierarchy.from_template((grid, faces), factors=[4])
+        >>> modal(hierarchy, latent_channels=2, modes=6)
+        ModalAutoencoder(num_vertices=36, latent_channels=2, modes=6, level=1)
     """
-    config = ModalConfig(pool, latent_channels, modes, hidden_channels, in_channels, kwargs)
-    return ModalAutoencoder(hierarchy, config)
+    return ModalAutoencoder(hierarchy, pool=pool, latent_channels=latent_channels, **kwargs)

@@ -162,9 +162,9 @@ class MorphableModel(Module):
         unit: str = "m",
         **kwargs: Any,
     ) -> MorphableModel:
-        r"""A model around :func:`~pyg_attnpool.models.modal`, principal components bent by a
-        perceptron, with a spiral autoencoder for the rest. The arguments are those of
-        :meth:`coma`."""
+        r"""A model around :func:`~pyg_attnpool.models.modal`, principal components bent by
+        perceptrons. The arguments are those of :meth:`coma`, and those of
+        :class:`~pyg_attnpool.models.modal.ModalConfig`."""
         network = modal(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 

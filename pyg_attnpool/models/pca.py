@@ -74,7 +74,7 @@ class PCA(torch.nn.Module):
                 break
             count, total = count + len(block), total.to(block.device) + block.double().sum(dim=0)
         most = min(count, shape.numel()) - 1
-        if not fits or not 0 < needed <= most:
+        if not fits or not (at_least is not None or needed > 0) or needed > most:
             raise ValueError(
                 f"Expected meshes of shape [M, N, C] with more meshes and features than the "
                 f"{needed} components (got {[count, *shape] if fits else list(block.shape)})"
@@ -112,6 +112,8 @@ def _exact(rows: Rows, k: int) -> Tensor:
     from scipy.sparse.linalg import svds
 
     centred = torch.cat(list(rows()))
+    if not centred.any():
+        return centred.new_zeros(k, centred.size(1))
     start = torch.randn(min(centred.shape), dtype=centred.dtype, generator=_generator())
     _, _, components = svds(centred.numpy(force=True), k=k, v0=start.numpy())
     return torch.from_numpy(components[::-1].copy())

@@ -196,20 +196,13 @@ def _network(
         raise ValueError("a network without its hierarchy")
     with torch.random.fork_rng(devices=[]):  # every initial value is replaced
         if kind == "MeshAutoencoder":
-            config = AutoencoderConfig(**description)
-            return _mesh_autoencoder(config, hierarchy, tensors, "autoencoder.")
-        modal = ModalConfig(**description)
-        network = ModalAutoencoder(hierarchy, replace(modal, pool=None))
-        network.config, of_mesh = modal, modal.mesh_config()
-        if of_mesh is not None:
-            network.mesh = _mesh_autoencoder(of_mesh, hierarchy, tensors, "autoencoder.mesh.")
-    return network
+            return _mesh_autoencoder(AutoencoderConfig(**description), hierarchy, tensors)
+        return _modal_autoencoder(ModalConfig(**description), hierarchy, tensors)
 
 
 def _mesh_autoencoder(
-    config: AutoencoderConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor], place: str
+    config: AutoencoderConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
 ) -> MeshAutoencoder:
-    # A layer that is fixed in the file is made fixed, not learned first.
     def restored(
         hierarchy: MeshHierarchy,
         level: int,
@@ -218,14 +211,10 @@ def _mesh_autoencoder(
         **kwargs: Any,
     ) -> Module:
         down = direction == "down"
-        number = level if down else len(hierarchy.down) - 1 - level
-        prefix = f"{place}{'pools' if down else 'unpools'}.{number}."
-        index = tensors.get(prefix + "index")
-        if index is not None and prefix + "initial_weight" not in tensors:
-            sizes = hierarchy.num_vertices[level : level + 2]
-            num_source, num_target = sizes if down else sizes[::-1]
-            check_index(prefix + "index", index, (num_target, None), num_source)
-            return MappingPool.empty(num_source, num_target, index.size(1))
+        place = f"pools.{level}" if down else f"unpools.{len(hierarchy.down) - 1 - level}"
+        fixed = _fixed(tensors, f"autoencoder.{place}.", hierarchy, level, direction)
+        if fixed is not None:
+            return fixed
         query = config.down if down or config.up is None else config.up
         published = config.variant == "published"
         return pooling_resolver(
@@ -235,6 +224,44 @@ def _mesh_autoencoder(
     network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
     network.config = config
     return network
+
+
+def _modal_autoencoder(
+    config: ModalConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
+) -> ModalAutoencoder:
+    def restored(
+        hierarchy: MeshHierarchy,
+        level: int,
+        direction: Literal["down", "up"],
+        in_channels: int,
+        **kwargs: Any,
+    ) -> Module:
+        place = f"autoencoder.unpools.{config.level - 1 - level}."
+        fixed = _fixed(tensors, place, hierarchy, level, direction)
+        if fixed is not None:
+            return fixed
+        return pooling_resolver(config.pool, hierarchy, level, direction, in_channels, **kwargs)
+
+    network = ModalAutoencoder(hierarchy, replace(config, pool=restored))
+    network.config = config
+    return network
+
+
+def _fixed(
+    tensors: dict[str, Tensor],
+    place: str,
+    hierarchy: MeshHierarchy,
+    level: int,
+    direction: Literal["down", "up"],
+) -> MappingPool | None:
+    # A layer that is fixed in the file is made fixed, not learned first.
+    index = tensors.get(place + "index")
+    if index is None or place + "initial_weight" in tensors:
+        return None
+    sizes = hierarchy.num_vertices[level : level + 2]
+    num_source, num_target = sizes if direction == "down" else sizes[::-1]
+    check_index(place + "index", index, (num_target, None), num_source)
+    return MappingPool.empty(num_source, num_target, index.size(1))
 
 
 def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
@@ -294,8 +321,12 @@ model.write_mesh("mean.ply", meshes[0])
 
 def _architecture(autoencoder: Module) -> str:
     if isinstance(autoencoder, ModalAutoencoder):
-        of_mesh = "" if autoencoder.mesh is None else f", {_architecture(autoencoder.mesh)}"
-        return f"{autoencoder.num_modes} principal components bent by a perceptron{of_mesh}"
+        modal = autoencoder.config
+        frozen = all(isinstance(pool, MappingPool) for pool in autoencoder.unpools)
+        return (
+            f"principal components bent by perceptrons, {modal.modes} more of level {modal.level}, "
+            f"aggregation {_named(modal.pool)}{', frozen' * frozen}"
+        )
     if not isinstance(autoencoder, MeshAutoencoder):
         return type(autoencoder).__name__
     config = asdict(autoencoder.config)

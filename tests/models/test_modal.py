@@ -9,12 +9,7 @@ from pyg_attnpool.models import ModalAutoencoder, ModalConfig, modal
 from pyg_attnpool.nn import MappingPool
 from tests.mesh.meshes import blob
 
-SMALL = dict(
-    channels=(4, 5),
-    decoder_channels=(5, 4, 3),
-    down_kwargs=dict(channels=5),
-    up_kwargs=dict(channels=5, k=4),
-)
+ATTENTION = dict(channels=5, k=4)
 QUIET = dict(enable_progress_bar=False, logger=False, accelerator="cpu")
 
 
@@ -42,13 +37,16 @@ def projected(train, x, k):
     return (((x - mean).flatten(1) @ v.t()) @ v).view_as(x) + mean
 
 
-def fitted(hierarchy, train, latent_channels=3, modes=5, **kwargs):
+def fitted(hierarchy, train, latent_channels=3, pool="attention", modes=5, level=1):
+    kwargs = ATTENTION if pool == "attention" else {}
     network = modal(
         hierarchy,
-        latent_channels=latent_channels,
+        pool,
+        latent_channels,
         modes=modes,
+        level=level,
         hidden_channels=16,
-        **{**SMALL, **kwargs},
+        pool_kwargs=kwargs,
     )
     network.fit_modes(lambda: iter(train.split(7)))
     return network
@@ -62,44 +60,62 @@ def moved(network):
     return network
 
 
-@pytest.mark.parametrize("pool", ["attention", "qem", None])
-def test_starts_as_principal_components(hierarchy, pool):
-    x = meshes(hierarchy, 40).double()
-    kwargs = {} if pool is None else SMALL
-    if pool == "qem":
-        kwargs = {k: v for k, v in SMALL.items() if not k.endswith("kwargs")}
-    network = modal(hierarchy, pool, 3, modes=5, **kwargs).double()
-    network.fit_modes(lambda: iter(x.split(7)))
-    new = meshes(hierarchy, 5, seed=1).double()
-    expected = projected(x, new, 3)
-    assert_close(network(new), expected, rtol=0, atol=1e-9)
+@pytest.mark.parametrize("pool,level", [("attention", 1), ("attention", 2), ("qem", 1), ("qem", 0)])
+def test_starts_as_principal_components(hierarchy, pool, level):
+    x = meshes(hierarchy, 40)
+    network = fitted(hierarchy, x, 3, pool, level=level)
+    new = meshes(hierarchy, 5, seed=1)
+    expected = projected(x, new, 3).float()
+    assert_close(network(new), expected, rtol=0, atol=1e-6)
     assert (expected - new).abs().max() > 1e-4  # there is something that they leave
     # Codes of training meshes have unit variance.
-    assert_close(network.encode(x).square().mean(dim=0), torch.ones(3).double())
+    assert_close(network.encode(x).square().mean(dim=0), torch.ones(3))
 
 
-def test_equals_its_equations(hierarchy):
-    x = meshes(hierarchy, 40)
-    network = moved(fitted(hierarchy, x)).double()
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_equals_its_equations(hierarchy, level):
+    x = meshes(hierarchy, 40).double()
+    network = moved(fitted(hierarchy, x.float(), level=level).double())
     new = meshes(hierarchy, 4, seed=1).double()
+    mean = x.mean(dim=0)
     v = network.linear.components.flatten(1)
-    s = (((x.double() - network.linear.mean).flatten(1) @ v.t()).square().mean(dim=0)).sqrt()
+    assert_close(v @ v.t(), torch.eye(3).double(), atol=1e-5, rtol=0)
+    down = torch.eye(len(mean)).double()
+    up = down
+    for layer in network.pools:
+        down = layer.mapping().to_dense().double() @ down
+    for layer in network.unpools:
+        dense = layer.mapping().to_dense().double()
+        up = dense if layer is network.unpools[0] else dense @ up
+
+    # What the linear path leaves on the coarser level, and its components.
+    def left(x):
+        away = (x - mean).flatten(1)
+        return down @ (away - away @ v.t() @ v).view_as(x)
+
+    _, _, basis = torch.linalg.svd(left(x).flatten(1), full_matrices=False)
+    w = network.modes.components.flatten(1)
+    assert_close((w @ basis[:5].t()).abs(), torch.eye(5).double(), atol=1e-3, rtol=0)
+
+    def coefficients(x):
+        return torch.cat([(x - mean).flatten(1) @ v.t(), left(x).flatten(1) @ w.t()], dim=1)
+
+    s = coefficients(x).square().mean(dim=0).sqrt()
     balance = (s * s[0]).sqrt()
 
     def perceptron(layers, x):
         for layer in layers[:-1:2]:
-            x = layer.weight @ x
-            x = x + layer.bias.unsqueeze(1)
+            x = x @ layer.weight.t() + layer.bias
             x = x / (1 + (-x).exp())
-        return (layers[-1].weight @ x + layers[-1].bias.unsqueeze(1)).t()
+        return x @ layers[-1].weight.t() + layers[-1].bias
 
-    c = (new - network.linear.mean).flatten(1) @ v.t()
-    z = c[:, :3] / s[:3] + perceptron(network.to_code, (c / balance).t()) + network.mesh.encode(new)
-    assert_close(network.encode(new), z, rtol=1e-5, atol=1e-7)
-    c = perceptron(network.from_code, z.t()) * balance
-    c[:, :3] += s[:3] * z
-    out = (c @ v).view_as(new) + network.linear.mean + network.mesh.decode(z)
-    assert_close(network.decode(z), out, rtol=1e-5, atol=1e-7)
+    c = coefficients(new)
+    z = c[:, :3] / s[:3] + perceptron(network.to_code, c / balance)
+    assert_close(network.encode(new), z, rtol=1e-4, atol=1e-5)
+    bent = perceptron(network.from_code, z) * balance
+    out = mean + ((s[:3] * z + bent[:, :3]) @ v).view_as(new)
+    out = out + up @ (bent[:, 3:] @ w).view(len(new), -1, 3)
+    assert_close(network.decode(z), out, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_do_not_reach_the_linear_path(hierarchy):
@@ -107,21 +123,22 @@ def test_gradients_do_not_reach_the_linear_path(hierarchy):
     network = moved(fitted(hierarchy, x))
     network.training_loss(network(x), x).backward()
     names = {name for name, _ in network.named_parameters()}
-    assert all(name.startswith(("to_code", "from_code", "mesh.")) for name in names)
+    assert all(name.startswith(("to_code.", "from_code.", "unpools.")) for name in names)
     assert all(parameter.grad.abs().max() > 0 for parameter in network.parameters())
-    for buffer in network.linear.buffers():
-        assert not buffer.requires_grad and buffer.grad is None
+    for module in (network.linear, network.modes):
+        assert not list(module.parameters())
+        assert not any(buffer.requires_grad for buffer in module.buffers())
 
 
 def test_learns_what_is_curved_and_keeps_its_modes(hierarchy):
-    # A circle in the space of meshes has two linear dimensions, and one that counts.
+    # An arc in the space of meshes has two linear dimensions, and one that counts.
     template = torch.from_numpy(hierarchy.vertices[0]).float()
-    modes = 0.05 * torch.randn(2, *template.shape)
-    angle = torch.linspace(0, 1.5 * math.pi, 200)
-    circle = torch.stack([angle.cos(), angle.sin()], dim=1)
-    x = template + torch.einsum("ml,lnc->mnc", circle, modes)
+    modes = 0.1 * torch.stack([template @ torch.randn(3, 3) for _ in range(2)])  # smooth
+    angle = torch.linspace(0, 0.9 * math.pi, 200)
+    arc = torch.stack([angle.cos(), angle.sin()], dim=1)
+    x = template + torch.einsum("ml,lnc->mnc", arc, modes)
     train, val = x[::2], x[1::2]
-    model = MorphableModel.modal(hierarchy, 1, modes=3, hidden_channels=32, **SMALL)
+    model = MorphableModel.modal(hierarchy, 1, modes=3, hidden_channels=32, pool_kwargs=ATTENTION)
     model.fit(train, val, epochs=25, batch_size=10, **QUIET)
     linear = MorphableModel.pca(hierarchy, 1).fit(train)
     assert model.evaluate(val)["mean"] < 0.2 * linear.evaluate(val)["mean"]
@@ -133,7 +150,7 @@ def test_learns_what_is_curved_and_keeps_its_modes(hierarchy):
 
 def test_no_epoch_that_is_worse_than_principal_components_is_kept(hierarchy):
     train, val = meshes(hierarchy, 40), meshes(hierarchy, 10, seed=1)
-    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, **SMALL)
+    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     model.fit(train, val, epochs=1, lr=10.0, seed=0, **QUIET)
     linear = MorphableModel.pca(hierarchy, 3).fit(train)
     assert_close(model(val), linear(val), rtol=0, atol=1e-6)
@@ -143,20 +160,20 @@ def test_no_epoch_that_is_worse_than_principal_components_is_kept(hierarchy):
 
 def test_a_refused_training_leaves_statistics_and_modes(hierarchy):
     train, val = meshes(hierarchy, 40), meshes(hierarchy, 10, seed=1)
-    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, **SMALL)
+    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match="finite"):
         model.fit(train, val, loss=lambda out, x: (out - x).sum() * math.nan, epochs=1, **QUIET)
-    for name in ("mean", "std", "autoencoder.linear.components", "autoencoder.mode_std"):
+    for name in ("mean", "std", "autoencoder.linear.components", "autoencoder.scale"):
         assert torch.equal(model.state_dict()[name], before[name]), name
 
 
 def test_fewer_meshes_than_modes_leave_the_others_zero(hierarchy):
     x = meshes(hierarchy, 6)
     network = fitted(hierarchy, x)
-    assert network.num_modes == 8
-    zero = network.linear.components.flatten(1).norm(dim=1) == 0
-    assert zero.tolist() == [False] * 5 + [True] * 3
+    # Five directions differ in six meshes, and three of them are the linear path's.
+    varies = network.modes.encode(network._pooled(x - network.linear(x))).abs().amax(dim=0) > 1e-5
+    assert varies.tolist() == [True] * 2 + [False] * 3
     new = meshes(hierarchy, 3, seed=1)
     assert_close(network(new), projected(x.double(), new.double(), 3).float(), atol=1e-5, rtol=0)
     assert torch.isfinite(moved(network)(new)).all()
@@ -164,35 +181,32 @@ def test_fewer_meshes_than_modes_leave_the_others_zero(hierarchy):
         fitted(hierarchy, x[:3])
 
 
-@pytest.mark.parametrize("pool", ["attention", "qem", None])
-def test_saved_and_frozen_it_computes_the_same(hierarchy, tmp_path, pool):
-    kwargs = {k: v for k, v in SMALL.items() if pool == "attention" or "kwargs" not in k}
-    kwargs = kwargs if pool is not None else {}
-    model = MorphableModel.modal(hierarchy, 3, pool, modes=5, hidden_channels=16, **kwargs)
+@pytest.mark.parametrize("pool,level", [("attention", 1), ("attention", 2), ("qem", 1), ("qem", 0)])
+def test_saved_and_frozen_it_computes_the_same(hierarchy, tmp_path, pool, level):
     x = meshes(hierarchy, 20)
-    model.autoencoder.fit_modes(lambda: iter([x]))
-    moved(model.autoencoder)
+    network = moved(fitted(hierarchy, x, pool=pool, level=level))
+    model = MorphableModel(network)
     expected = model(x)
     model.save(tmp_path / "learned")
     loaded = MorphableModel.load(tmp_path / "learned")
-    assert loaded.autoencoder.config == model.autoencoder.config
+    assert loaded.autoencoder.config == network.config
     assert torch.equal(loaded(x), expected)
 
     model.freeze()
     assert_close(model(x), expected)
-    if pool is not None:
-        layers = [*model.autoencoder.mesh.pools, *model.autoencoder.mesh.unpools]
-        assert all(isinstance(layer, MappingPool) for layer in layers)
+    assert all(isinstance(layer, MappingPool) for layer in network.unpools)
     model.save(tmp_path / "frozen")
     loaded = MorphableModel.load(tmp_path / "frozen")
     assert torch.equal(loaded(x), model(x))
-    assert not any("key" in name for name, _ in loaded.named_parameters())
+    assert {name.split(".")[1] for name, _ in loaded.named_parameters()} == {"to_code", "from_code"}
     card = (tmp_path / "frozen" / "README.md").read_text(encoding="utf-8")
-    assert "8 principal components bent by a perceptron" in card
+    linear = sum(c.numel() for c in (network.linear.components, network.modes.components))
+    numbers = linear + sum(parameter.numel() for parameter in network.parameters())
+    assert f"| parameters | {numbers:,} |" in card
 
 
 def test_exports(hierarchy, tmp_path):
-    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, **SMALL)
+    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     x = meshes(hierarchy, 20)
     model.autoencoder.fit_modes(lambda: iter([x]))
     moved(model.autoencoder)
@@ -205,7 +219,9 @@ def test_further_features_have_a_scale_of_their_own(hierarchy):
     coordinates = meshes(hierarchy, 60)
     color = 100 * torch.rand(60, coordinates.size(1), 1)
     x = torch.cat([coordinates, color], dim=2)
-    model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, in_channels=4, **SMALL)
+    model = MorphableModel.modal(
+        hierarchy, 3, modes=5, hidden_channels=16, in_channels=4, pool_kwargs=ATTENTION
+    )
     model.fit(x[:50], x[50:], epochs=1, **QUIET)
     spread = x[:50].double().var(dim=0, correction=0).mean(dim=0)
     spread = torch.cat([spread[:3].mean().expand(3), spread[3:]]).sqrt().float()
@@ -223,14 +239,15 @@ def test_further_features_have_a_scale_of_their_own(hierarchy):
         (dict(modes=-1), "'modes' to be an integer from 0"),
         (dict(hidden_channels=1.5), "'hidden_channels' to be an integer from 1"),
         (dict(in_channels=2), "'in_channels' to be an integer from 3"),
-        (dict(down="qem"), "other arguments of the mesh path"),
+        (dict(level=-1), "'level' to be an integer from 0"),
+        (dict(level=3), "a 'level' from 0 to 2"),
         (dict(pool="nearest"), "pooling of"),
     ],
     ids=str,
 )
 def test_bad_arguments_are_named(hierarchy, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        modal(hierarchy, **{**SMALL, **kwargs})
+        modal(hierarchy, **kwargs)
 
 
 def test_bad_shapes_are_named(hierarchy):
