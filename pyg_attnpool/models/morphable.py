@@ -14,6 +14,7 @@ from torch.nn import Module
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
 from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder
+from pyg_attnpool.models.modal import modal
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import IndexedModule
@@ -156,6 +157,21 @@ class MorphableModel(IndexedModule):
         r"""A model around :func:`~pyg_attnpool.models.neural3dmm`, the spiral autoencoder. The
         arguments are those of :meth:`coma`."""
         network = neural3dmm(_hierarchy(template, unit), pool, latent_channels, **kwargs)
+        return cls(network, unit=unit)
+
+    @classmethod
+    def modal(
+        cls,
+        template: Template,
+        latent_channels: int = 8,
+        pool: Any = "attention",
+        unit: str = "m",
+        **kwargs: Any,
+    ) -> MorphableModel:
+        r"""A model around :func:`~pyg_attnpool.models.modal`, principal components bent by
+        perceptrons. The arguments are those of :meth:`coma`, and those of
+        :class:`~pyg_attnpool.models.modal.ModalConfig`."""
+        network = modal(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 
     @classmethod

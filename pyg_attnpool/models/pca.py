@@ -1,5 +1,11 @@
+from collections.abc import Callable, Iterable, Iterator
+
 import torch
 from torch import Tensor
+
+RESIDENT = 2 << 30  # bytes of meshes beyond which they are read block by block
+
+Rows = Callable[[], Iterator[Tensor]]
 
 
 class PCA(torch.nn.Module):
@@ -39,39 +45,51 @@ class PCA(torch.nn.Module):
         return model
 
     def _allocate(self, shape: torch.Size, latent_channels: int) -> None:
-        if not isinstance(latent_channels, int) or latent_channels < 1:
+        if not isinstance(latent_channels, int) or latent_channels < 0:
             raise ValueError(f"Expected positive 'latent_channels' (got {latent_channels!r})")
         self.latent_channels = latent_channels
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("components", torch.zeros(latent_channels, *shape))
 
-    def fit(self, x: Tensor) -> "PCA":
-        r"""Sets mean and components to those of meshes :obj:`[M, N, C]`.
+    @torch.no_grad()
+    def fit(self, x: Tensor | Callable[[], Iterable[Tensor]], at_least: int | None = None) -> "PCA":
+        r"""Sets mean and components to those of meshes.
+
+        Args:
+            x (torch.Tensor or callable): The meshes :obj:`[M, N, C]`, or what makes an iterator
+                over blocks of them. Blocks of more than two gigabytes are read in several passes,
+                and their components found by randomised subspace iteration (`Halko et al.
+                <https://arxiv.org/abs/0909.4061>`_).
+            at_least (int, optional): The number of components that there must be. Where there are
+                fewer meshes than components, the further ones are zero. If :obj:`None`, all must
+                be. (default: :obj:`None`)
 
         Raises:
             ValueError: As the constructor does.
         """
-        from scipy.sparse.linalg import svds
-
-        if (
-            x.dim() != 3
-            or x.shape[1:] != self.mean.shape
-            or self.latent_channels >= min(len(x), self.mean.numel())
-        ):
+        if at_least is None and self.latent_channels == 0:
+            raise ValueError("Expected positive 'latent_channels' (got 0)")
+        blocks = x if callable(x) else lambda: [x]
+        needed, shape = self.latent_channels if at_least is None else at_least, self.mean.shape
+        count, total, fits = 0, torch.zeros((), dtype=torch.double), True
+        for block in blocks():
+            fits = block.dim() == 3 and block.shape[1:] == shape
+            if not fits:
+                break
+            count, total = count + len(block), total.to(block.device) + block.double().sum(dim=0)
+        most = min(count, shape.numel()) - 1
+        if not fits or needed > most:
             raise ValueError(
                 f"Expected meshes of shape [M, N, C] with more meshes and features than the "
-                f"{self.latent_channels} components (got {list(x.shape)})"
+                f"{needed} components (got {[count, *shape] if fits else list(block.shape)})"
             )
-        mean = x.mean(dim=0)
-        centred = (x - mean).flatten(1)
-        # A fixed start makes the Lanczos iteration repeatable. Random, since centred meshes are
-        # orthogonal to a constant one.
-        generator = torch.Generator().manual_seed(0)
-        start = torch.randn(min(centred.shape), dtype=x.dtype, generator=generator)
-        k = self.latent_channels
-        _, _, components = svds(centred.numpy(force=True), k=k, v0=start.numpy())
+        mean, k = (total / count).to(self.mean), min(self.latent_channels, most)
+        size = count * self.mean.numel() * self.mean.element_size()
+        find = _exact if size <= RESIDENT else _streamed
+        components = find(lambda: ((b.to(mean) - mean).flatten(1) for b in blocks()), k)
         self.mean.copy_(mean)
-        self.components.copy_(torch.from_numpy(components[::-1].copy()).view(-1, *mean.shape))
+        self.components.zero_()
+        self.components[:k] = components.to(mean).view(k, *shape)
         return self
 
     def encode(self, x: Tensor) -> Tensor:
@@ -86,3 +104,41 @@ class PCA(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         r"""Projects meshes :obj:`[B, N, C]` to the span of the components."""
         return self.decode(self.encode(x))
+
+
+def _generator() -> torch.Generator:
+    # A fixed start makes components repeatable. Random, since centred meshes are orthogonal to a
+    # constant one.
+    return torch.Generator().manual_seed(0)
+
+
+def _exact(rows: Rows, k: int) -> Tensor:
+    from scipy.sparse.linalg import svds
+
+    centred = torch.cat(list(rows()))
+    if not centred.any():
+        return centred.new_zeros(k, centred.size(1))
+    start = torch.randn(min(centred.shape), dtype=centred.dtype, generator=_generator())
+    _, _, components = svds(centred.numpy(force=True), k=k, v0=start.numpy())
+    return torch.from_numpy(components[::-1].copy())
+
+
+def _streamed(rows: Rows, k: int, passes: int = 8) -> Tensor:
+    # Twice the subspace: its error falls in every pass with the square of the ratio of the first
+    # variance outside to that of a component.
+    first = next(rows())
+    width = min(2 * k + 10, first.size(1))
+    basis = torch.randn(first.size(1), width, generator=_generator()).to(first)
+    for step in range(passes):
+        basis = torch.linalg.qr(basis).Q
+        product = torch.zeros_like(basis)
+        within = torch.zeros(width, width, dtype=torch.double, device=basis.device)
+        for block in rows():
+            c = block @ basis
+            within += (c.t() @ c).double()
+            if step < passes - 1:
+                product += block.t() @ c
+        if step < passes - 1:
+            basis = product
+    _, turn = torch.linalg.eigh(within)
+    return (basis @ turn.flip(1)[:, :k].to(basis)).t()

@@ -26,6 +26,7 @@ from torch_geometric.nn import MessagePassing
 from pyg_attnpool.files import replacing_folder, whole_folder
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
+from pyg_attnpool.models.modal import ModalAutoencoder, ModalConfig
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import check_index
 from pyg_attnpool.nn.mapping_pool import MappingPool
@@ -156,12 +157,11 @@ def describe(autoencoder: Module) -> dict[str, Any]:
     if type(autoencoder) is PCA:
         shape = autoencoder.components.shape
         return {"type": "PCA", "latent_channels": shape[0], "in_channels": shape[2]}
-    if type(autoencoder) is MeshAutoencoder:
-        config = {
-            f.name: _named(getattr(autoencoder.config, f.name)) for f in fields(AutoencoderConfig)
-        }
+    if type(autoencoder) in (MeshAutoencoder, ModalAutoencoder):
+        config: Any = autoencoder.config
+        values = {f.name: _named(getattr(config, f.name)) for f in fields(config)}
         try:
-            return {"type": "MeshAutoencoder", **json.loads(json.dumps(config))}
+            return {"type": type(autoencoder).__name__, **json.loads(json.dumps(values))}
         except TypeError:
             pass  # of callables or tensors, which only its own code makes again
     return {"type": f"{type(autoencoder).__module__}.{type(autoencoder).__qualname__}"}
@@ -187,16 +187,22 @@ def _network(
         return autoencoder
     if kind == "PCA":
         return PCA.empty(len(tensors["template"]), **description)
-    if kind != "MeshAutoencoder":
+    if kind not in ("MeshAutoencoder", "ModalAutoencoder"):
         raise ValueError(
             f"a network of the class {kind}, whose code the folder does not hold: pass an instance "
             f"as MorphableModel.load(folder, autoencoder=...)"
         )
     if hierarchy is None:
         raise ValueError("a network without its hierarchy")
-    config = AutoencoderConfig(**description)
+    with torch.random.fork_rng(devices=[]):  # every initial value is replaced
+        if kind == "MeshAutoencoder":
+            return _mesh_autoencoder(AutoencoderConfig(**description), hierarchy, tensors)
+        return _modal_autoencoder(ModalConfig(**description), hierarchy, tensors)
 
-    # A layer that is fixed in the file is made fixed, not learned first.
+
+def _mesh_autoencoder(
+    config: AutoencoderConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
+) -> MeshAutoencoder:
     def restored(
         hierarchy: MeshHierarchy,
         level: int,
@@ -205,24 +211,57 @@ def _network(
         **kwargs: Any,
     ) -> Module:
         down = direction == "down"
-        place = level if down else len(hierarchy.down) - 1 - level
-        prefix = f"autoencoder.{'pools' if down else 'unpools'}.{place}."
-        index = tensors.get(prefix + "index")
-        if index is not None and prefix + "initial_weight" not in tensors:
-            sizes = hierarchy.num_vertices[level : level + 2]
-            num_source, num_target = sizes if down else sizes[::-1]
-            check_index(prefix + "index", index, (num_target, "k"), num_source)
-            return MappingPool.empty(num_source, num_target, index.size(1))
+        place = f"pools.{level}" if down else f"unpools.{len(hierarchy.down) - 1 - level}"
+        fixed = _fixed(tensors, f"autoencoder.{place}.", hierarchy, level, direction)
+        if fixed is not None:
+            return fixed
         query = config.down if down or config.up is None else config.up
         published = config.variant == "published"
         return pooling_resolver(
             query, hierarchy, level, direction, in_channels, published, **kwargs
         )
 
-    with torch.random.fork_rng(devices=[]):  # every initial value is replaced
-        network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
+    network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
     network.config = config
     return network
+
+
+def _modal_autoencoder(
+    config: ModalConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
+) -> ModalAutoencoder:
+    def restored(
+        hierarchy: MeshHierarchy,
+        level: int,
+        direction: Literal["down", "up"],
+        in_channels: int,
+        **kwargs: Any,
+    ) -> Module:
+        place = f"autoencoder.unpools.{config.level - 1 - level}."
+        fixed = _fixed(tensors, place, hierarchy, level, direction)
+        if fixed is not None:
+            return fixed
+        return pooling_resolver(config.pool, hierarchy, level, direction, in_channels, **kwargs)
+
+    network = ModalAutoencoder(hierarchy, replace(config, pool=restored))
+    network.config = config
+    return network
+
+
+def _fixed(
+    tensors: dict[str, Tensor],
+    place: str,
+    hierarchy: MeshHierarchy,
+    level: int,
+    direction: Literal["down", "up"],
+) -> MappingPool | None:
+    # A layer that is fixed in the file is made fixed, not learned first.
+    index = tensors.get(place + "index")
+    if index is None or place + "initial_weight" in tensors:
+        return None
+    sizes = hierarchy.num_vertices[level : level + 2]
+    num_source, num_target = sizes if direction == "down" else sizes[::-1]
+    check_index(place + "index", index, (num_target, "k"), num_source)
+    return MappingPool.empty(num_source, num_target, index.size(1))
 
 
 def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
@@ -242,7 +281,9 @@ def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _card(model: MorphableModel, name: str) -> str:
-    num_parameters = sum(p.numel() for p in model.parameters())
+    # Principal components are as much of a model as what it has learned.
+    linear = (m.components for m in model.modules() if isinstance(m, PCA))
+    num_parameters = sum(p.numel() for p in (*model.parameters(), *linear))
     rows = {
         "architecture": _architecture(model.autoencoder),
         "vertices, faces": f"{model.num_vertices:,}, {len(model.faces):,}",
@@ -280,6 +321,13 @@ model.write_mesh("mean.ply", meshes[0])
 
 
 def _architecture(autoencoder: Module) -> str:
+    if isinstance(autoencoder, ModalAutoencoder):
+        modal = autoencoder.config
+        frozen = all(isinstance(pool, MappingPool) for pool in autoencoder.unpools)
+        return (
+            f"principal components bent by perceptrons, {modal.modes} more of level {modal.level}, "
+            f"aggregation {_named(modal.pool)}{', frozen' * frozen}"
+        )
     if not isinstance(autoencoder, MeshAutoencoder):
         return type(autoencoder).__name__
     config = asdict(autoencoder.config)

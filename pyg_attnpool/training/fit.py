@@ -54,7 +54,9 @@ def fit(
 
     A network with a method :obj:`fit` of its own, such as :class:`~pyg_attnpool.models.PCA`, is
     fitted by that to all training meshes; the arguments of a trainer do not matter to it, and
-    Lightning need not be installed.
+    Lightning need not be installed. One with a method :obj:`fit_modes`, such as
+    :class:`~pyg_attnpool.models.modal.ModalAutoencoder`, has its linear path fitted first, and
+    stays at this start if no epoch is better on the validation meshes.
 
     Args:
         model (MorphableModel): The model.
@@ -75,7 +77,8 @@ def fit(
             :class:`~pyg_attnpool.training.MeshTraining`. (default: :obj:`"one_cycle"`)
         lr (float, optional): Another learning rate. (default: :obj:`None`)
         loss (callable, optional): Takes output and target :obj:`[B, N, C]`, standardised, to a
-            scalar. If :obj:`None`, the L1 loss. (default: :obj:`None`)
+            scalar. If :obj:`None`, the network's own method :obj:`training_loss`, or else the L1
+            loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, such as
             :func:`~pyg_attnpool.training.rigid_motion`. What it draws from the global generators of
             Python, NumPy or PyTorch depends on seed, epoch and process alone.
@@ -168,8 +171,13 @@ def fit(
                 check_data(last, module.data)
             mean_and_std = module.data["training meshes"]
             _set_statistics(model, mean_and_std["mean"], mean_and_std["std"])
+            start_mm = _fit_modes(model, train, val)
+            start_state = copy.deepcopy(model.state_dict())
             best, val_mm = run(lightning, module, data, resume)
             module.load_state_dict(best["state_dict"])
+            if start_mm is not None and not val_mm < start_mm:
+                model.load_state_dict(start_state)
+                val_mm = start_mm
             model.set_latent_statistics(train)
     model.summary = {
         "meshes": len(train),
@@ -223,9 +231,24 @@ def _describe(model: MorphableModel, train: Any, val: Any) -> dict[str, Any]:
 
 
 def _set_statistics(model: MorphableModel, mean: Tensor, std: Tensor) -> None:
-    if not getattr(model.autoencoder, "standardized", True):
+    wanted = getattr(model.autoencoder, "standardized", True)
+    if not wanted:
         mean, std = torch.zeros_like(mean), torch.ones_like(std)
+    elif wanted == "uniform":  # one for the coordinates of all vertices, one for each other feature
+        variance = std.double().square().mean(dim=0)
+        variance[:3] = variance[:3].mean()
+        std = variance.sqrt().expand_as(std).to(std)
     model.set_statistics(mean.to(model.mean), std.to(model.std))
+
+
+def _fit_modes(model: MorphableModel, train: Any, val: Any) -> float | None:
+    # The validation error of the linear path alone, where there is one: the start of training.
+    if not hasattr(model.autoencoder, "fit_modes"):
+        return None
+    model.autoencoder.fit_modes(
+        lambda: (model.standardize(block.to(model.mean)) for block in blocks(train, 64))
+    )
+    return model.evaluate(val)["mean"]
 
 
 @contextmanager

@@ -44,7 +44,8 @@ class MeshTraining(pl.LightningModule):
             or a callable that makes an optimizer from parameters. (default: :obj:`"one_cycle"`)
         lr (float, optional): Another learning rate. (default: :obj:`None`)
         loss (callable, optional): Takes output and target :obj:`[B, N, C]`, standardised, to a
-            scalar. If :obj:`None`, the L1 loss. (default: :obj:`None`)
+            scalar. If :obj:`None`, the network's own method :obj:`training_loss`, or else the L1
+            loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, in training
             alone. (default: :obj:`None`)
         settings (dict, optional): What else makes up a run; stored in every checkpoint, and one of
@@ -92,7 +93,8 @@ class MeshTraining(pl.LightningModule):
         self.lr = lr
         if isinstance(optimizer, str) and lr is None:
             self.lr = RATES[optimizer]
-        self.loss_function = l1_loss if loss is None else loss
+        own: Loss = getattr(model.autoencoder, "training_loss", l1_loss)
+        self.loss_function = own if loss is None else loss
         self.transform = transform
         self.settings = {
             "optimizer": plain(optimizer),

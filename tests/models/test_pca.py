@@ -89,6 +89,19 @@ def test_too_many_components_are_named(size, k):
     assert f"(got {list(size)})" in str(error.value)
 
 
+@pytest.mark.parametrize("size", [4, 64])
+def test_blocks_of_more_than_memory_equal_all_at_once(monkeypatch, size):
+    # Variances that fall slowly are the hard case of randomised iterations.
+    x = meshes(200)
+    monkeypatch.setattr("pyg_attnpool.models.pca.RESIDENT", 0)
+    found = PCA.empty(15, 6).double().fit(lambda: iter(x.split(size)))
+    mean, value, basis = svd(x, 6)
+    assert_close(found.mean, mean)
+    overlap = found.components.flatten(1) @ basis.t()
+    assert_close(overlap.abs(), torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-2)
+    assert_close((found(x) - x).square().sum(), value[6:].square().sum(), rtol=1e-4, atol=0)
+
+
 def test_no_components_are_an_error():
     with pytest.raises(ValueError, match="positive 'latent_channels'"):
         PCA(torch.randn(30, 15, 3), 0)
