@@ -14,12 +14,17 @@ from pyg_attnpool.nn.attention_pool import AttentionPool
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.ops.backend import decompositions
 
-TOLERANCE = 1e-5  # of an export, relative to the largest output: rounding in another order
+# Of an export, relative to the largest output: rounding in another order, which half precision
+# does more coarsely.
+TOLERANCE, ROUNDINGS = 1e-5, 10
 
 
-def export(model: Module, example: Tensor, path: str | Path) -> float:
+Model = Module | Callable[[Tensor], Tensor]
+
+
+def export(model: Model, example: Tensor, path: str | Path) -> float:
     r"""Writes a model by the ending of the file, :obj:`.pt2` (:meth:`export_torch`) or :obj:`.onnx`
-    (:meth:`export_onnx`).
+    (:meth:`export_onnx`). A method of a model, such as :obj:`model.decode`, is exported alone.
 
     Raises:
         ValueError: If the ending is another one, or as these do.
@@ -34,7 +39,7 @@ def export(model: Module, example: Tensor, path: str | Path) -> float:
     return writers[suffix](model, example, path)
 
 
-def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
+def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
     r"""Writes a model as a :obj:`torch.export` program (:obj:`.pt2`) of ATen operators alone:
     :obj:`torch.export.load(path).module()` runs it where this package is not installed.
 
@@ -42,8 +47,9 @@ def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
     only one that agrees takes its name.
 
     Args:
-        model (torch.nn.Module): Any module of one tensor to one tensor, without attention layers;
-            see :func:`~pyg_attnpool.nn.freeze`. It is exported as it computes after
+        model (torch.nn.Module or callable): Any module of one tensor to one tensor, or a method of
+            one such as :obj:`model.encode` or :obj:`model.decode`, without attention layers; see
+            :func:`~pyg_attnpool.nn.freeze`. It is exported as it computes after
             :meth:`~torch.nn.Module.eval`.
         example (torch.Tensor): An input, such as meshes :obj:`[B, N, 3]`. The first dimension is
             the batch and stays free; no values are stored.
@@ -54,7 +60,8 @@ def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
 
     Raises:
         ValueError: If the model holds attention layers, or the example is no such input.
-        RuntimeError: If the program differs from the model by more than 1e-5.
+        RuntimeError: If the program differs from the model by more than 1e-5, or ten roundings of
+            its type where that is half precision.
     """
     model = _evaluating(model, example)
     program = _program(model, example, spmm=_bag)
@@ -64,14 +71,14 @@ def export_torch(model: Module, example: Tensor, path: str | Path) -> float:
         return _compare(model, torch.export.load(temporary).module(), example, path)
 
 
-def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
+def export_onnx(model: Model, example: Tensor, path: str | Path) -> float:
     r"""Writes a model as an ONNX file of standard operators, with one input :obj:`x` and one output
     :obj:`out` (extra :obj:`export`).
 
     The file is run in :obj:`onnxruntime` and compared as by :func:`export_torch`.
 
     Args:
-        model (torch.nn.Module): As in :func:`export_torch`.
+        model (torch.nn.Module or callable): As in :func:`export_torch`.
         example (torch.Tensor): As in :func:`export_torch`.
         path (str or Path): The file to write.
 
@@ -80,10 +87,15 @@ def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
 
     Raises:
         ImportError: If :obj:`onnxruntime` or :obj:`onnxscript` is missing.
-        ValueError: As :func:`export_torch` does.
-        RuntimeError: If the file computes something that differs by more than 1e-5.
+        ValueError: As :func:`export_torch` does, or if the model is in bfloat16.
+        RuntimeError: As :func:`export_torch` does.
     """
     model = _evaluating(model, example)
+    if example.dtype == torch.bfloat16:
+        raise ValueError(
+            "Expected a model in float16 or single precision for ONNX (got torch.bfloat16, which "
+            "onnxruntime does not run on a CPU)"
+        )
     try:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
@@ -115,7 +127,22 @@ def export_onnx(model: Module, example: Tensor, path: str | Path) -> float:
         return _compare(model, run, example, path)
 
 
-def _evaluating(model: Module, example: Tensor) -> Module:
+class _Method(Module):
+    # A method of a module as a module.
+    def __init__(self, module: Module, name: str):
+        super().__init__()
+        self.module, self.name = module, name
+
+    def forward(self, x: Tensor) -> Tensor:
+        return getattr(self.module, self.name)(x)
+
+
+def _evaluating(model: Model, example: Tensor) -> Module:
+    owner = getattr(model, "__self__", None)
+    if not isinstance(model, Module):
+        if not isinstance(owner, Module):
+            raise TypeError(f"Expected a module, or a method of one (got {type(model).__name__})")
+        model = _Method(owner, model.__name__)
     held = {
         name or "the model": type(module).__name__
         for name, module in model.named_modules()
@@ -209,21 +236,23 @@ def _compare(
     model: Module, run: Callable[[Tensor], Tensor], example: Tensor, path: str | Path
 ) -> float:
     # Data of the place and size of the example's, as activations may hide what is off elsewhere.
-    spread = example.std(correction=0)
-    scale = torch.where(spread > 0, spread, torch.ones_like(spread))
+    spread = example.double().std(correction=0)
+    scale = torch.where(spread > 0, spread, torch.ones_like(spread)).to(example.dtype)
     largest = 0.0
     for batch_size in (1, 2 * len(example) + 1):
         with torch.random.fork_rng(devices=[]):
             noise = torch.randn(batch_size, *example.shape[1:])
-        x = example.mean(dim=0) + scale * noise.to(example)
+        x = example.double().mean(dim=0).to(example.dtype) + scale * noise.to(example)
         expected, out = model(x), run(x)
         difference = float("inf")
         if out.shape == expected.shape and out.dtype == expected.dtype:
-            size = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-            difference = ((out - expected).abs().max() / size).item()
-        if not difference <= TOLERANCE:
+            out, reached = out.double(), expected.double()
+            size = reached.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+            difference = ((out - reached).abs().max() / size).item()
+        tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps)
+        if not difference <= tolerance:
             raise RuntimeError(
-                f"Expected an export that computes what the model computes, within {TOLERANCE:g} "
+                f"Expected an export that computes what the model computes, within {tolerance:g} "
                 f"of its largest output (got a difference of {difference:g} for "
                 f"{batch_size} inputs): {path} is not written"
             )

@@ -370,6 +370,12 @@ class PoolingLayer(VertexLayer):
         products = (torch.matmul, torch.mm, torch.bmm, torch.sparse.mm)
         if func in products and len(operands) == 2 and isinstance(operands[0], PoolingLayer):
             return operands[0].__matmul__(operands[1])
+        if func is Tensor.matmul and torch.compiler.is_compiling():
+            # torch.compile hands over `layer @ x` and `x @ layer` alike, with the layer last. The
+            # latter is no product of layers.
+            x, layer = operands
+            if isinstance(layer, PoolingLayer) and x.size(-1) != layer.shape[-2]:
+                return layer.__matmul__(x)
         return NotImplemented
 
     def __repr__(self) -> str:

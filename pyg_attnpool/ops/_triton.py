@@ -14,7 +14,7 @@ from torch import Tensor
 TILE = 1024  # features that a warp holds at a time, 32 per thread
 ROWS = 16  # queries that a program of the search serves
 CHUNK = tl.constexpr(32)  # channels that the search multiplies at a time
-NO_NUMBER = tl.constexpr(2.0)  # above every cosine
+NO_NUMBER = tl.constexpr(float("inf"))  # the place of a score that is none, above all others
 PROGRAMS = 1024  # of the search, enough to occupy a large GPU
 MAX_K = 256  # longer lists do not fit on every GPU
 

@@ -167,4 +167,5 @@ def plain(arg: Any) -> bool:
         return True
     if type(arg) not in (Tensor, torch.nn.Parameter) or arg.is_meta:
         return False
-    return not torch._C._functorch.is_legacy_batchedtensor(arg)
+    compiling = torch.compiler.is_compiling()
+    return compiling or not torch._C._functorch.is_legacy_batchedtensor(arg)

@@ -28,6 +28,7 @@ from pyg_attnpool.ops.backend import (
     on_gpu,
     operator,
     plain,
+    single,
 )
 from pyg_attnpool.ops.layout import on_rows
 
@@ -87,10 +88,10 @@ def scatter_product(
             [10.]])
     """
     value = value if perm is None else value[perm]
-    entries = value.unsqueeze(1) * x.index_select(0, col)
-    out = x.new_zeros(rowptr.size(0) - 1, x.size(1))
+    entries = single(value.unsqueeze(1) * x.index_select(0, col))
+    out = entries.new_zeros(rowptr.size(0) - 1, x.size(1))
     row = row_of_entries(rowptr, col)
-    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries)
+    return out.scatter_add(0, row.unsqueeze(1).expand_as(entries), entries).to(x.dtype)
 
 
 def _check_pattern(rowptr: Tensor, col: Tensor, num_cols: int) -> None:
