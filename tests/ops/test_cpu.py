@@ -212,7 +212,9 @@ def test_argument_types_are_those_of_the_sources():
 
     functions = declared()
     assert len(functions) > 8
-    assert functions.keys() == _cpu.TYPED.keys() | _cpu.UNTYPED.keys()
+    # Those of the decoder take steps that only the package makes.
+    own = {"decode", "decoder_width", "checksum"}
+    assert functions.keys() - own == _cpu.TYPED.keys() | _cpu.UNTYPED.keys()
     for name, (kinds, numels) in (_cpu.TYPED | _cpu.UNTYPED).items():
         required = [each._replace(optional=False) for each in kinds]
         assert required == [kind(argument) for argument in functions[name]], name

@@ -152,7 +152,7 @@ def test_side_by_side_is_as_one_by_one(options):
     again = replace(aside, output=options.output.with_name("again"))
     (again.output / "unfinished").mkdir(parents=True)
     (again.output / "unfinished" / keys[1]).write_text("no folder")
-    with pytest.raises(OSError, match=keys[1]):
+    with pytest.raises(ValueError, match=keys[1]):
         sweep(FEW, again)
     assert not multiprocessing.active_children()
 
