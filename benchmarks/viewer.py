@@ -88,9 +88,7 @@ def main(
         for row in rows
     ]
     print(
-        measure.report(
-            output, "viewer", measure.command(), rows, {"One page": table}, about, NOTES
-        )
+        measure.report(output, "viewer", measure.command(), rows, {"One page": table}, about, NOTES)
     )
 
 
