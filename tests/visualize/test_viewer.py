@@ -1,3 +1,4 @@
+import base64
 import json
 import os
 import re
@@ -156,6 +157,11 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, models, k
     with pytest.raises(ValueError, match=error):
         models["pca"].export(tmp_path / "page.html", **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_has_the_kernels_that_node_is_tested_with():
+    kernels = base64.b64encode((WEB / "src" / "kernels.wasm").read_bytes()).decode()
+    assert kernels in (WEB / "viewer.html").read_text("utf-8")
 
 
 def test_only_pages_are_read():

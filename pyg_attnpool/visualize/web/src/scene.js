@@ -90,7 +90,9 @@ export class Stage {
     const { camera, controls, radius, size, center } = this;
     const half = Math.tan((camera.fov * Math.PI) / 360);
     const wide = Math.hypot(size.x * Math.cos(AZIMUTH), size.z * Math.sin(AZIMUTH));
-    const distance = (1.22 * Math.max(size.y, wide / camera.aspect)) / (2 * half) + size.z / 2;
+    // On a small stage the legend stands above the mesh.
+    const margin = this.canvas.clientHeight < 520 ? 1.45 : 1.22;
+    const distance = (margin * Math.max(size.y, wide / camera.aspect)) / (2 * half) + size.z / 2;
     camera.near = distance / 100;
     camera.far = distance * 100;
     camera.updateProjectionMatrix();
