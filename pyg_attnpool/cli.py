@@ -39,7 +39,7 @@ def train(
     template: Path | None = None,
     unit: Unit = "m",
     align: bool = False,
-    model: Literal["neural3dmm", "coma", "pca"] = "neural3dmm",
+    model: Literal["neural3dmm", "modal", "coma", "pca"] = "neural3dmm",
     latent: int = 8,
     steps: int = 5000,
     batch_size: int = 16,
@@ -58,7 +58,7 @@ def train(
         template: Mesh file of the template; by default the first mesh.
         unit: Unit of the files.
         align: Turn and move every mesh onto the template first.
-        model: Spiral convolutions (Neural3DMM), spectral ones (CoMA), or the linear model.
+        model: neural3dmm (spiral convolutions), modal (bent principal components), coma or pca.
         latent: Size of the latent code.
         steps: Training steps, rounded up to whole epochs.
         batch_size: Meshes per step.
@@ -171,7 +171,7 @@ def export(model: Positional[Path], file: Positional[Path]) -> None:
 
     Args:
         model: Folder of a model or of its run.
-        file: The file: .onnx or .pt2.
+        file: The file: .html (a page with sliders), .onnx or .pt2.
     """
     difference = _load(model).export(file)
     print(f"{file} gives what the model gives to {difference:.1e} of its largest coordinate")
