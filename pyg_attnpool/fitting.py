@@ -565,7 +565,7 @@ def _levenberg_marquardt(
 ) -> tuple[_State, Tensor]:
     # The minimum, and whether it was reached.
     hessian, gradient, objective, centre = _equations(decoder, points, state, freedom)
-    damping = torch.full_like(objective, 1e-4)
+    damping = torch.full_like(objective, 1e-6)
     converged = torch.zeros_like(objective, dtype=torch.bool)
     for _ in range(max_iterations):
         trial = state.moved(_solve(hessian, gradient, damping), centre)
@@ -705,7 +705,7 @@ def _fit_scan(
         step = torch.nn.functional.pad(step, (held, 0))
         state = state.moved(step, centre)
         shift = (jacobian @ step.unsqueeze(2)).square().sum(dim=2).mean().sqrt().item()
-        converged = i >= rigid and shift < 0.01 * noise
+        converged = i >= rigid and shift < 0.05 * noise
         if converged:
             break
     mesh, code = _mesh(decoder, state)
