@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from pyg_attnpool import MappingPool, MeshHierarchy, MorphableModel
 from pyg_attnpool.mesh import read_features, read_mesh, write_mesh
 from pyg_attnpool.models import PCA, MeshAutoencoder
-from tests.mesh.meshes import blob
+from tests.mesh.meshes import blob, icosphere
 
 TEMPLATE = blob(2, seed=0)
 SMALL = dict(channels=(4, 5))
@@ -161,3 +161,13 @@ def test_bad_arguments(hierarchy):
         model.set_statistics(model.mean, 0 * model.std)
     with pytest.raises(ValueError, match=r"'mean' of shape \[162, 3\]"):
         model.set_statistics(model.mean[:5], model.std)
+
+
+def test_number_of_parameters():
+    hierarchy = MeshHierarchy.from_template(icosphere(2), factors=[2.5] * 4)
+    qem = MorphableModel.coma(hierarchy, latent_channels=3, pool="qem")
+    model = MorphableModel.coma(hierarchy, latent_channels=3)
+    assert model.num_parameters == sum(p.numel() for p in model.parameters())
+    assert model.freeze().num_parameters == qem.num_parameters < 30_056
+    # The mean mesh and three components.
+    assert MorphableModel.pca(hierarchy, latent_channels=3).num_parameters == 162 * 3 * (1 + 3)
