@@ -1,0 +1,109 @@
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from benchmarks.peers import __main__ as peers
+from benchmarks.peers.networks import MLP, TokenMixer
+from benchmarks.peers.surface import edge_error, normal_angle, roughness
+from pyg_attnpool import MeshHierarchy
+from tests.mesh.meshes import blob
+
+
+class Meshes:
+    r"""What the runner takes of a data set."""
+
+    def __init__(self):
+        self.template = blob(4, seed=0)
+        vertices = torch.from_numpy(self.template[0]).float()
+        self.x = vertices * (1 + 0.1 * torch.randn(40, 1, 3)) + 0.01 * torch.randn(40, 1, 3)
+
+    def split(self):
+        return torch.arange(24), torch.arange(24, 32), torch.arange(32, 40)
+
+    def read(self, index):
+        return self.x[index]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    meshes = Meshes()
+    monkeypatch.setattr(peers, "SETS", {"blobs": lambda root: meshes})
+
+    def call(*more):
+        options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--output", str(tmp_path)]
+        peers.main([*options, "--root", str(tmp_path), "--peers", "PCA", "MLP", *more])
+        rows = peers._read(tmp_path / "peers.csv")
+        return rows, (tmp_path / "peers.md").read_text(encoding="utf-8"), capsys.readouterr().out
+
+    return call
+
+
+def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
+    rows, table, _ = run("--seeds", "0")
+    assert [row["peer"] for row in rows] == ["PCA", "MLP"]
+    assert [row["steps"] for row in rows] == ["0", "2"]
+    # The closed form: components of 24 meshes, of which 3 are kept.
+    x = Meshes.read(peers.SETS["blobs"](None), torch.arange(40)).double().flatten(1)
+    mean = x[:24].mean(dim=0)
+    v = torch.linalg.svd(x[:24] - mean, full_matrices=False)[2][:3]
+    away = x[32:] - mean
+    error = 1000 * (away - away @ v.t() @ v).unflatten(1, (-1, 3)).norm(dim=-1).mean()
+    assert float(rows[0]["mean"]) == pytest.approx(error.item(), rel=1e-3)
+
+    path = tmp_path / "peers.csv"
+    content = path.read_bytes()
+    path.write_bytes(content + b"blobs,24,3,ML")  # as a crash leaves it
+    more, table, out = run("--seeds", "0", "1")
+    assert more[:2] == rows and len(more) == 3 and more[2]["seed"] == "1"
+    assert out.count("blobs, 24, 3") == 1  # one run was trained
+    assert "| MLP, 2 steps | 0 1 |" in table and "±" in table
+
+
+def test_results_of_something_else_are_refused(run, tmp_path):
+    (tmp_path / "peers.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="results of this script"):
+        run()
+
+
+@pytest.mark.parametrize("network", [MLP, TokenMixer])
+def test_every_vertex_comes_from_the_code(network):
+    hierarchy = MeshHierarchy.from_template(blob(2, seed=0), factors=[4])
+    model = network(hierarchy, 4)
+    x = torch.randn(2, hierarchy.num_vertices[0], 3, requires_grad=True)
+    z = model.encode(x)
+    assert z.shape == (2, 4)
+    (of_x,) = torch.autograd.grad(z[0].sum(), x)
+    assert (of_x[0].abs().amax(dim=1) > 0).all() and not of_x[1].any()
+    out = model.decode(z)
+    assert out.shape == x.shape and (out[0] - out[1]).abs().amax(dim=1).min() > 0
+
+
+def test_regions_are_a_partition_in_the_order_of_vertices():
+    hierarchy = MeshHierarchy.from_template(blob(2, seed=0), factors=[4])
+    model = TokenMixer(hierarchy, 4)
+    assert len(model.sizes) == 11 and min(model.sizes) > 0
+    vertices = torch.arange(hierarchy.num_vertices[0])
+    assert torch.equal(vertices[model.order][model.inverse], vertices)
+
+
+def test_surface_measures_of_known_meshes():
+    vertices, faces = (torch.from_numpy(a) for a in blob(2, seed=0))
+    x = vertices.unsqueeze(0)
+    turn = torch.tensor(0.3).double()
+    turned = (
+        x
+        @ torch.tensor(
+            [[turn.cos(), -turn.sin(), 0], [turn.sin(), turn.cos(), 0], [0, 0, 1]]
+        ).double()
+    )
+    assert_close(edge_error(1.1 * x, x, faces), torch.tensor(0.1).double())
+    assert edge_error(turned, x, faces) < 1e-9
+    assert_close(roughness(1.5 * x, x, faces), torch.tensor(1.5).double())
+    assert normal_angle(2 * x, x, faces) < 1e-3
+    upside = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 1, 0]]])
+    tilted = torch.tensor([[[0.0, 0, 0], [1, 0, 0], [0, 0, 1]]])
+    face = torch.tensor([[0, 1, 2]])
+    assert_close(normal_angle(tilted, upside, face), torch.tensor(90.0))
+    assert 0 < normal_angle(turned, x, faces) <= math.degrees(0.3) + 1e-6
