@@ -60,10 +60,10 @@ PEERS = {
     "CoMA, attention": Peer(lambda h, n: coma(h, "attention", n), 3e-3, False),
     "Neural3DMM, QEM": Peer(lambda h, n: neural3dmm(h, "qem", n), 3e-3, False),
     "Neural3DMM, attention": Peer(lambda h, n: neural3dmm(h, "attention", n), 3e-3, False),
-    "modal": Peer(lambda h, n: modal(h, latent_channels=n), 6e-3),
-    "modal, QEM": Peer(lambda h, n: modal(h, "qem", n), 6e-3),
-    "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0), 6e-3),
-    "modal, no further modes": Peer(lambda h, n: modal(h, "qem", n, modes=0, level=0), 6e-3),
+    "modal": Peer(lambda h, n: modal(h, latent_channels=n), 3e-3),
+    "modal, QEM": Peer(lambda h, n: modal(h, "qem", n), 3e-3),
+    "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0), 3e-3),
+    "modal, no further modes": Peer(lambda h, n: modal(h, "qem", n, modes=0, level=0), 3e-3),
 }
 
 SETS: dict[str, Callable[[Path], Any]] = {
