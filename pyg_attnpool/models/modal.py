@@ -239,8 +239,7 @@ def modal(
     latent_channels: int = 8,
     **kwargs: Any,
 ) -> ModalAutoencoder:
-    r"""The autoencoder of this package with the smallest errors: principal components, bent by
-    perceptrons into further modes, which learned aggregation carries from a coarser level up to the
+    r"""Principal components, bent by perceptrons into further modes, which learned aggregation carries from a coarser level up to the
     template. See :class:`ModalAutoencoder` for the equations.
 
     Args:
