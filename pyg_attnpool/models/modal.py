@@ -239,8 +239,9 @@ def modal(
     latent_channels: int = 8,
     **kwargs: Any,
 ) -> ModalAutoencoder:
-    r"""Principal components, bent by perceptrons into further modes, which learned aggregation carries from a coarser level up to the
-    template. See :class:`ModalAutoencoder` for the equations.
+    r"""Principal components, bent by perceptrons into further modes, which learned aggregation
+    carries from a coarser level up to the template. See :class:`ModalAutoencoder` for the
+    equations.
 
     Args:
         hierarchy (MeshHierarchy): The levels of the template.
