@@ -152,7 +152,7 @@ def info(model: Positional[Path], *, json: bool = False) -> None:
         "vertices": found.num_vertices,
         "features of a vertex": found.in_channels,
         "latent channels": found.latent_channels,
-        "parameters": sum(p.numel() for p in found.parameters()),
+        "parameters": found.num_parameters,
         "unit of files": found.unit,
         **found.summary,
     }
