@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -124,13 +125,14 @@ def damage_named(path: str | Path, content: str) -> Iterator[None]:
         raise ValueError(f"Expected {content} in {path} (got: {str(e) or type(e).__name__})") from e
 
 
-def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> dict[str, ndarray]:
-    r"""The arrays of a :obj:`.npz` file, every one of which fits its checksum. Nothing is
-    unpickled.
+@contextmanager
+def opened_arrays(path: str | Path, content: str) -> Iterator[Any]:
+    r"""A :obj:`.npz` file of which every array fits its checksum; arrays are read when they are
+    asked for. Nothing is unpickled.
 
     Args:
         path (str or Path): The file.
-        content (str, optional): As of :func:`damage_named`.
+        content (str): As of :func:`damage_named`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -146,6 +148,12 @@ def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> di
         broken = arrays.zip.testzip()
         if broken is not None:
             raise ValueError(f"another checksum of {broken}")
+        yield arrays
+
+
+def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> dict[str, ndarray]:
+    r"""All arrays of a :obj:`.npz` file, as :func:`opened_arrays` has them."""
+    with opened_arrays(path, content) as arrays:
         return {name: arrays[name] for name in arrays.files}
 
 

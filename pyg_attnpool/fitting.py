@@ -26,6 +26,7 @@ from pyg_attnpool.latent import as_codes, latent_axes
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import read_mesh
 from pyg_attnpool.mesh.closest import closest_points
+from pyg_attnpool.mesh.normals import vertex_normals
 from pyg_attnpool.metrics import evaluating
 from pyg_attnpool.units import metres
 
@@ -367,7 +368,7 @@ def _scan(model: MorphableModel, scan: Any, motion: MotionKind) -> _Scan:
             raise ValueError(f"Expected finite normals {list(points.shape)} (got others)")
         normals = _unit(normals)
     elif faces is not None:
-        normals = _normals(points, faces)
+        normals = vertex_normals(points, faces)
     if motion != "similarity":
         size, own = (np.ptp(x, axis=0).max() for x in (points, _array(model.template)))
         if not own / 50 < size < 50 * own:
@@ -389,16 +390,6 @@ def _boundary(faces: ndarray, num_vertices: int) -> ndarray:
     found = np.zeros(num_vertices, dtype=bool)
     found[edges[count == 1]] = True
     return found
-
-
-def _normals(vertices: ndarray, faces: ndarray) -> ndarray:
-    # Of vertices, as the faces around them weigh by area.
-    a, b, c = vertices[faces].swapaxes(0, 1)
-    of_face = np.cross(b - a, c - a)
-    normals = np.zeros_like(vertices)
-    for corner in faces.T:
-        np.add.at(normals, corner, of_face)
-    return _unit(normals)
 
 
 def _unit(x: ndarray) -> ndarray:
@@ -784,7 +775,7 @@ class _Matching:
         self.normals = _unit(normal[face])
 
     def pairs(self, vertices: ndarray) -> _Pairs:
-        own, scan = _normals(vertices, self.faces), self.scan
+        own, scan = vertex_normals(vertices, self.faces), self.scan
         # From the scan to the mesh.
         face, weight, distance = closest_points(self.points, vertices, self.faces)
         index = self.faces[face]
@@ -819,7 +810,7 @@ class _Matching:
     def first_pose(self, vertices: ndarray, scale: bool) -> _Motion:
         # By iterated closest points from many rotations, of some 300 points. It is the scan that
         # moves, so that one search tree serves all starts: p = R (points - middle) + t.
-        own, tree = _normals(vertices, self.faces), cKDTree(vertices)
+        own, tree = vertex_normals(vertices, self.faces), cKDTree(vertices)
         some = slice(None, None, max(1, len(self.points) // 300))
         points = self.points[some]
         middle = points.mean(axis=0)

@@ -52,7 +52,8 @@ inline Vector<F> activate(Vector<F> x, int64_t activation) {
     return x;
 }
 
-// `U` vectors of a row of a sparse product.
+// `U` vectors of a row of a sparse product. Unlike spmm_block, which serves rows of many samples, it
+// prefetches nothing: the rows of one mesh are in the cache.
 template <int U>
 inline void product(int64_t begin, int64_t end, int64_t C, const int32_t* col, const F* value,
                     const F* x, F scale, const F* minus, F* out) {
@@ -81,6 +82,15 @@ inline void product_row(const Step& s, int64_t i, int64_t C, const F* x, F scale
     blocks(std::integral_constant<int, 1>());
 }
 
+// Adds one vector's width of the columns of a matrix [in, out], multiplied by `R` rows.
+template <int R>
+inline void add_product(int64_t in, int64_t out, const F* const* x, const F* w, Vector<F>* sum) {
+    for (int64_t f = 0; f < in; ++f) {
+        const Vector<F> column = load(w + f * out);
+        for (int r = 0; r < R; ++r) sum[r] += x[r][f] * column;
+    }
+}
+
 // Adds `R` rows times a matrix [in, out] to rows of the output, and activates the last sum.
 template <int R>
 inline void multiply(int64_t in, int64_t out, const F* const* x, const F* w, const F* first, F* y,
@@ -88,10 +98,7 @@ inline void multiply(int64_t in, int64_t out, const F* const* x, const F* w, con
     for (int64_t g = 0; g < out; g += WIDTH) {
         Vector<F> sum[R];
         for (int r = 0; r < R; ++r) sum[r] = load(first ? first + g : y + r * out + g);
-        for (int64_t f = 0; f < in; ++f) {
-            const Vector<F> column = load(w + f * out + g);
-            for (int r = 0; r < R; ++r) sum[r] += x[r][f] * column;
-        }
+        add_product<R>(in, out, x, w + g, sum);
         for (int r = 0; r < R; ++r) store(y + r * out + g, activate(sum[r], activation));
     }
 }
@@ -135,11 +142,7 @@ void spiral(const Step& s, const F* x, F* y) {
             for (int64_t l = 0; l < s.slots; ++l) {
                 const F* rows[R];
                 for (int r = 0; r < R; ++r) rows[r] = x + s.col[(i + r) * s.slots + l] * s.in;
-                const F* w = s.weight + l * s.in * s.out + g;
-                for (int64_t f = 0; f < s.in; ++f) {
-                    const Vector<F> column = load(w + f * s.out);
-                    for (int r = 0; r < R; ++r) sum[r] += rows[r][f] * column;
-                }
+                add_product<R>(s.in, s.out, rows, s.weight + l * s.in * s.out + g, sum);
             }
             for (int r = 0; r < R; ++r)
                 store(y + (i + r) * s.out + g, activate(sum[r], s.activation));

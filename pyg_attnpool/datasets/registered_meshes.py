@@ -17,8 +17,8 @@ from pyg_attnpool.datasets.sources import (
     check_template,
     mesh_names,
     natural_order,
-    read_finite,
 )
+from pyg_attnpool.mesh.io import read_mesh
 from pyg_attnpool.units import metres
 
 
@@ -82,7 +82,7 @@ class RegisteredMeshes(MeshDataset):
         scale = metres(unit)
         path = Path(root).expanduser()
         if isinstance(template, str | Path):
-            template = read_finite(Path(template).expanduser())
+            template = read_mesh(Path(template).expanduser())
         elif template is not None:
             template = check_template(*template)
         if path.is_dir():

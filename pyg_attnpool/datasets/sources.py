@@ -20,7 +20,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from pyg_attnpool.datasets.cache import mapped_array, progress_bar, stored
-from pyg_attnpool.files import damage_named
+from pyg_attnpool.files import damage_named, opened_arrays
 from pyg_attnpool.mesh.io import SUFFIXES, read_features, read_mesh
 
 # Part of every stored file: raised with every change of how meshes are read.
@@ -138,7 +138,7 @@ class MeshFiles(MeshSource):
     @contextmanager
     def _opened(self) -> Iterator[Callable[[str], tuple[ndarray, ndarray]]]:
         if self.path.is_dir():
-            yield lambda name: read_finite(self.path / name)
+            yield lambda name: read_mesh(self.path / name)
             return
         # One file at a time is unpacked: all of them would take the disk twice.
         with (
@@ -150,7 +150,7 @@ class MeshFiles(MeshSource):
             def read(name: str) -> tuple[ndarray, ndarray]:
                 with damage_named(self.path, f"a whole mesh {name}"):
                     file = Path(archive.extract(name, folder))
-                    mesh = read_finite(file)
+                    mesh = read_mesh(file)
                     file.unlink()
                     return mesh
 
@@ -280,14 +280,6 @@ def natural_order(name: str) -> list[tuple[tuple[str | int, ...], str]]:
     ]
 
 
-def read_finite(path: Path) -> tuple[ndarray, ndarray]:
-    r"""Reads a mesh file whose every coordinate is finite."""
-    vertices, faces = read_mesh(path)
-    if not np.isfinite(vertices).all():
-        raise ValueError(f"Expected finite vertices in {path} (got NaN or infinity)")
-    return vertices, faces
-
-
 def check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     r"""A template given as arrays, in double precision and long integers.
 
@@ -385,14 +377,7 @@ def _read_array(path: Path) -> Tensor:
 
 def _array_of_archive(path: Path) -> ndarray:
     # Of several arrays, the one that is needed alone is read.
-    with (
-        damage_named(path, "a whole file of arrays"),
-        open(path, "rb") as file,
-        np.load(file, allow_pickle=False) as arrays,
-    ):
-        broken = arrays.zip.testzip()
-        if broken is not None:
-            raise ValueError(f"another checksum of {broken}")
+    with opened_arrays(path, "a whole file of arrays") as arrays:
         key = arrays.files[0] if len(arrays.files) == 1 else "vertices"
         if key not in arrays.files:
             raise ValueError(f"Expected an array 'vertices' in {path} (got {arrays.files})")

@@ -459,11 +459,12 @@ class MorphableModel(IndexedModule):
         Raises:
             ValueError: If the ending is unknown, or the model cannot become a page.
         """
-        from pyg_attnpool.export import export
-        from pyg_attnpool.visualize.viewer import write_viewer
-
         if Path(path).suffix.lower() == ".html":
+            from pyg_attnpool.visualize.viewer import write_viewer
+
             return write_viewer(self, path, **kwargs)
+        from pyg_attnpool.export import export
+
         example = self.mean + self.std * torch.linspace(-1, 1, 2, device=self.mean.device).view(
             2, 1, 1
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -30,7 +31,7 @@ from pyg_attnpool.models.modal import ModalAutoencoder, ModalConfig
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import check_index
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.nn.resolver import CONVOLUTION_NAMES, POOLING_NAMES, pooling_resolver
+from pyg_attnpool.nn.resolver import CONVOLUTION_NAMES, POOLING_NAMES, Query, pooling_resolver
 
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
@@ -203,6 +204,28 @@ def _network(
 def _mesh_autoencoder(
     config: AutoencoderConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
 ) -> MeshAutoencoder:
+    levels, published = len(hierarchy.down), config.variant == "published"
+    up = config.down if config.up is None else config.up
+    down, up = (_restored(query, levels, tensors, published) for query in (config.down, up))
+    network = MeshAutoencoder(hierarchy, replace(config, down=down, up=up))
+    network.config = config
+    return network
+
+
+def _modal_autoencoder(
+    config: ModalConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
+) -> ModalAutoencoder:
+    pool = _restored(config.pool, config.level, tensors)
+    network = ModalAutoencoder(hierarchy, replace(config, pool=pool))
+    network.config = config
+    return network
+
+
+def _restored(
+    query: Query, levels: int, tensors: dict[str, Tensor], published: bool = False
+) -> Callable[..., Module]:
+    # What makes the layers of a network between so many levels. A layer that is fixed in the file
+    # is made fixed, not learned first.
     def restored(
         hierarchy: MeshHierarchy,
         level: int,
@@ -211,57 +234,19 @@ def _mesh_autoencoder(
         **kwargs: Any,
     ) -> Module:
         down = direction == "down"
-        place = f"pools.{level}" if down else f"unpools.{len(hierarchy.down) - 1 - level}"
-        fixed = _fixed(tensors, f"autoencoder.{place}.", hierarchy, level, direction)
-        if fixed is not None:
-            return fixed
-        query = config.down if down or config.up is None else config.up
-        published = config.variant == "published"
-        return pooling_resolver(
-            query, hierarchy, level, direction, in_channels, published, **kwargs
-        )
+        place = f"pools.{level}" if down else f"unpools.{levels - 1 - level}"
+        place = f"autoencoder.{place}."
+        index = tensors.get(place + "index")
+        if index is None or place + "initial_weight" in tensors:
+            return pooling_resolver(
+                query, hierarchy, level, direction, in_channels, published, **kwargs
+            )
+        sizes = hierarchy.num_vertices[level : level + 2]
+        num_source, num_target = sizes if down else sizes[::-1]
+        check_index(place + "index", index, (num_target, "k"), num_source)
+        return MappingPool.empty(num_source, num_target, index.size(1))
 
-    network = MeshAutoencoder(hierarchy, replace(config, down=restored, up=restored))
-    network.config = config
-    return network
-
-
-def _modal_autoencoder(
-    config: ModalConfig, hierarchy: MeshHierarchy, tensors: dict[str, Tensor]
-) -> ModalAutoencoder:
-    def restored(
-        hierarchy: MeshHierarchy,
-        level: int,
-        direction: Literal["down", "up"],
-        in_channels: int,
-        **kwargs: Any,
-    ) -> Module:
-        place = f"autoencoder.unpools.{config.level - 1 - level}."
-        fixed = _fixed(tensors, place, hierarchy, level, direction)
-        if fixed is not None:
-            return fixed
-        return pooling_resolver(config.pool, hierarchy, level, direction, in_channels, **kwargs)
-
-    network = ModalAutoencoder(hierarchy, replace(config, pool=restored))
-    network.config = config
-    return network
-
-
-def _fixed(
-    tensors: dict[str, Tensor],
-    place: str,
-    hierarchy: MeshHierarchy,
-    level: int,
-    direction: Literal["down", "up"],
-) -> MappingPool | None:
-    # A layer that is fixed in the file is made fixed, not learned first.
-    index = tensors.get(place + "index")
-    if index is None or place + "initial_weight" in tensors:
-        return None
-    sizes = hierarchy.num_vertices[level : level + 2]
-    num_source, num_target = sizes if direction == "down" else sizes[::-1]
-    check_index(place + "index", index, (num_target, "k"), num_source)
-    return MappingPool.empty(num_source, num_target, index.size(1))
+    return restored
 
 
 def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:

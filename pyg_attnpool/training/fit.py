@@ -21,7 +21,7 @@ from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked
 from pyg_attnpool.training.process import seed_process
-from pyg_attnpool.training.statistics import statistics
+from pyg_attnpool.training.statistics import BLOCK, statistics
 
 if TYPE_CHECKING:
     from pyg_attnpool.training.lightning import pl
@@ -118,7 +118,7 @@ def fit(
         >>> model.summary["meshes"]
         20
     """
-    start = time.perf_counter()
+    begin = time.perf_counter()
     if not isinstance(model, MorphableModel):
         raise TypeError(f"Expected a MorphableModel to fit (got {type(model).__name__})")
     if output is not None and (not isinstance(output, str | Path) or str(output) == ""):
@@ -140,7 +140,7 @@ def fit(
             meshes = train if isinstance(train, Tensor) else train.read(torch.arange(len(train)))
             model.autoencoder.fit(model.standardize(meshes.to(model.mean)))
             model.set_latent_statistics(train)
-        model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - start)}
+        model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - begin)}
         return model.freeze() if freeze else model
 
     from pyg_attnpool.training.data import MeshData
@@ -171,13 +171,12 @@ def fit(
                 check_data(last, module.data)
             mean_and_std = module.data["training meshes"]
             _set_statistics(model, mean_and_std["mean"], mean_and_std["std"])
-            start_mm = _fit_modes(model, train, val)
-            start_state = copy.deepcopy(model.state_dict())
+            start = _fit_modes(model, train, val)
             best, val_mm = run(lightning, module, data, resume)
             module.load_state_dict(best["state_dict"])
-            if start_mm is not None and not val_mm < start_mm:
-                model.load_state_dict(start_state)
-                val_mm = start_mm
+            if start is not None and not val_mm < start[0]:
+                val_mm = start[0]
+                model.load_state_dict(start[1])
             model.set_latent_statistics(train)
     model.summary = {
         "meshes": len(train),
@@ -188,7 +187,7 @@ def fit(
         "learning rate": module.lr,
         "seed": seed,
         "validation error (mm)": _rounded(val_mm),
-        "seconds": _rounded(time.perf_counter() - start),
+        "seconds": _rounded(time.perf_counter() - begin),
         "torch": torch.__version__,
     }
     return model.freeze() if freeze else model
@@ -203,7 +202,7 @@ def _prepared(model: MorphableModel, train: Any, val: Any, split: bool) -> tuple
     for name, meshes in (("training meshes", train), ("validation meshes", val)):
         if meshes is not None:
             check_meshes(name, meshes, model.num_vertices, model.in_channels)
-    warn_millimetres("training meshes", next(blocks(train, 64)))
+    warn_millimetres("training meshes", next(blocks(train, BLOCK)))
     return train, val
 
 
@@ -241,14 +240,14 @@ def _set_statistics(model: MorphableModel, mean: Tensor, std: Tensor) -> None:
     model.set_statistics(mean.to(model.mean), std.to(model.std))
 
 
-def _fit_modes(model: MorphableModel, train: Any, val: Any) -> float | None:
-    # The validation error of the linear path alone, where there is one: the start of training.
+def _fit_modes(model: MorphableModel, train: Any, val: Any) -> tuple[float, dict] | None:
+    # The start of training where there is a linear path: its validation error, and the state.
     if not hasattr(model.autoencoder, "fit_modes"):
         return None
     model.autoencoder.fit_modes(
-        lambda: (model.standardize(block.to(model.mean)) for block in blocks(train, 64))
+        lambda: (model.standardize(block.to(model.mean)) for block in blocks(train, BLOCK))
     )
-    return model.evaluate(val)["mean"]
+    return model.evaluate(val)["mean"], copy.deepcopy(model.state_dict())
 
 
 @contextmanager

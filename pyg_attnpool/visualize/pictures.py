@@ -17,6 +17,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from pyg_attnpool.files import replacing
+from pyg_attnpool.mesh.normals import vertex_normals
 from pyg_attnpool.metrics import vertex_distances
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def render(
 
     pixel, face, weight = _visible(np.stack([x, y, -scale * seen[:, 2]], 1), faces, width, height)
     corner = faces[face]
-    normal = np.einsum("pk,pkc->pc", weight, _normals(vertices, faces)[corner]) @ turn.T
+    normal = np.einsum("pk,pkc->pc", weight, vertex_normals(vertices, faces)[corner]) @ turn.T
     normal /= np.maximum(np.linalg.norm(normal, axis=1, keepdims=True), 1e-12)
     # Of faces that are seen from behind, the other side is lit.
     a, b, c = (seen[faces[:, k]] for k in range(3))
@@ -376,20 +377,6 @@ def _ranges(low: ndarray, high: ndarray) -> tuple[ndarray, ndarray]:
 
 def _cross(a: ndarray, b: ndarray) -> ndarray:
     return a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]
-
-
-def _normals(vertices: ndarray, faces: ndarray) -> ndarray:
-    # Those of the faces around a vertex, weighted by area.
-    a, b, c = (vertices[faces[:, k]] for k in range(3))
-    normal = np.cross(b - a, c - a)
-    total = np.stack(
-        [
-            np.bincount(faces.ravel(), np.repeat(normal[:, i], 3), minlength=len(vertices))
-            for i in range(3)
-        ],
-        axis=1,
-    )
-    return total / np.maximum(np.linalg.norm(total, axis=1, keepdims=True), 1e-30)
 
 
 def _turn(azimuth: float, elevation: float) -> ndarray:

@@ -21,22 +21,20 @@ from pyg_attnpool.models.plan import (
 )
 from pyg_attnpool.ops import _cpu
 from tests.mesh.meshes import blob
+from tests.ops.builds import RUNS, builds
 
 pytestmark = pytest.mark.skipif(not _cpu.AVAILABLE, reason="there is no compiled library")
 
-BUILDS = sorted(_cpu.Path(_cpu.__file__).parent.glob("_cpu_*.so"), key=str)
 
-
-@pytest.fixture(params=BUILDS, ids=lambda path: path.name.split(".")[0])
+@pytest.fixture(params=["any", "avx2", "avx512"])
 def library(request, monkeypatch):
     r"""Every build that this processor runs, whose vectors have other widths."""
-    flags = {"avx2": ("AVX2", "AVX512"), "avx512": ("AVX512",)}
-    name = request.param.name.split(".")[0].removeprefix("_cpu_")
-    if torch.backends.cpu.get_cpu_capability() not in flags.get(
-        name, ("DEFAULT", "AVX2", "AVX512")
-    ):
-        pytest.skip(f"this processor has no {name}")
-    monkeypatch.setattr(_cpu, "library", _cpu.open_library(request.param))
+    if request.param not in RUNS:
+        pytest.skip(f"this processor cannot run {request.param}")
+    if not builds(request.param):
+        pytest.skip(f"{request.param} is not built")
+    (path,) = builds(request.param)
+    monkeypatch.setattr(_cpu, "library", _cpu.open_library(path))
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,9 @@
 r"""Every build of the compiled operations, and what takes their place where there is none."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.testing import assert_close
 
-import pyg_attnpool
 from pyg_attnpool import (
     AttentionPool,
     AttentionUnpool,
@@ -22,16 +19,7 @@ from pyg_attnpool.ops.cheb import cheb_conv
 from pyg_attnpool.ops.search import Search, cosine_topk
 from pyg_attnpool.ops.sparse import sddmm, spmm, transpose
 from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
-
-PACKAGE = Path(pyg_attnpool.__file__).parent
-# What a processor of each capability can run.
-RUNS = {"AVX512": ["any", "avx2", "avx512"], "AVX2": ["any", "avx2"]}.get(
-    torch.backends.cpu.get_cpu_capability(), ["any"]
-)
-
-
-def builds(name):
-    return sorted((PACKAGE / "ops").glob(f"_cpu_{name}.*"))
+from tests.ops.builds import RUNS, builds
 
 
 @pytest.fixture(params=["any", "avx2", "avx512", "none"])

@@ -12,26 +12,16 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-import pyg_attnpool
 from pyg_attnpool.ops import _cpu
 from pyg_attnpool.ops.search import Search, cosine_topk
+from tests.ops.builds import PACKAGE, RUNS, builds
 from tests.ops.forks import needs_fork, status_of_child
 
-PACKAGE = Path(pyg_attnpool.__file__).parent
-# What a processor of each capability can run.
-RUNS = {"AVX512": ["any", "avx2", "avx512"], "AVX2": ["any", "avx2"]}.get(
-    torch.backends.cpu.get_cpu_capability(), ["any"]
-)
 needs_library = pytest.mark.skipif(not _cpu.AVAILABLE, reason="the operations are not compiled")
-
-
-def builds(name):
-    return sorted((PACKAGE / "ops").glob(f"_cpu_{name}.*"))
 
 
 # Which build is taken ################################################################
