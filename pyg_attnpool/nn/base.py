@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections import abc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.ops.backend import composing, plain
+from pyg_attnpool.ops.backend import composing, outside, plain
 from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, transpose
 
@@ -91,13 +92,13 @@ class IndexedModule(torch.nn.Module):
 
     def _versions(self) -> list[tuple[Tensor, int, int]]:
         tensors = [getattr(self, name) for name in (*self._declared, *self._read)]
-        return [(t, *_version(t)) for t in tensors if isinstance(t, Tensor) and plain(t)]
+        return [(t, *_version(t)) for t in tensors if isinstance(t, Tensor) and _has_version(t)]
 
     def _refresh(self, device: torch.device) -> None:
         # Looks at the indices where they are no longer those of the last call. What distributes a
         # module over devices knows its parameters and buffers alone, so indices follow the
-        # features. A call that is traced or transformed has no values to look at.
-        if torch.compiler.is_compiling() or composing():
+        # features. A call that is traced has no values to look at.
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         for name in self._declared:
             index = getattr(self, name)
@@ -114,11 +115,12 @@ class IndexedModule(torch.nn.Module):
         )
         if same:
             return
-        for name, index in self._declared.items():
-            check_index(name, getattr(self, name), index.shape, index.end, index.low)
-            setattr(self, name, getattr(self, name).long())
-        self._check()
-        self._renew()
+        with outside() if composing() else nullcontext():
+            for name, index in self._declared.items():
+                check_index(name, getattr(self, name), index.shape, index.end, index.low)
+                setattr(self, name, getattr(self, name).long())
+            self._check()
+            self._renew()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexedModule:
         super()._apply(fn, recurse)
@@ -211,6 +213,11 @@ class IndexedModule(torch.nn.Module):
 
 def _vector(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.dim() == 0 else tensor
+
+
+def _has_version(tensor: Tensor) -> bool:
+    # Also not a batch of buffers, as of an ensemble.
+    return plain(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 def _version(index: Tensor) -> tuple[int, int]:

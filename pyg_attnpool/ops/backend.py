@@ -2,7 +2,8 @@ r"""How an operation reaches its backend: compiled code on a CPU, Triton on a GP
 
 import functools
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -37,6 +38,17 @@ def composing() -> bool:
         return False
     forward_mode = forward_ad._current_level >= 0
     return forward_mode or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextmanager
+def outside() -> Iterator[None]:
+    r"""Leaves the transforms and dispatch modes of :func:`composing` for the length of a block, in
+    which a module may change itself."""
+    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with temporarily_clear_interpreter_stack(), _disable_current_modes():
+        yield
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

@@ -1,0 +1,474 @@
+r"""Layers and models under PyTorch's own tools. Rows are what is run, columns the tools. The
+numbers of each are those of a dense twin, and PyG's ChebConv runs under the same tool."""
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.nn.utils import parametrizations
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
+from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
+from torch_geometric.nn import ChebConv
+
+from pyg_attnpool import (
+    AttentionPool,
+    AttentionUnpool,
+    Mapping,
+    MappingPool,
+    MeshHierarchy,
+    SpiralConv,
+    StaticChebConv,
+    freeze,
+)
+from pyg_attnpool.models import coma, neural3dmm
+from pyg_attnpool.nn.learned_pools import DiffPool, FullPool, WeightedPool
+from pyg_attnpool.ops import reference
+from tests.mesh.meshes import blob
+
+N, M, B, F = 18, 7, 2, 3
+ring = torch.arange(N)
+EDGES = torch.stack([torch.cat([ring, ring.roll(1)]), torch.cat([ring.roll(1), ring])])
+
+
+def mapping():
+    return Mapping(torch.randint(N, (M, 3)), torch.rand(M, 3), N)
+
+
+class OnGraph(torch.nn.Module):
+    r"""ChebConv of PyG with its graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = ChebConv(F, 4, K=3)
+
+    def forward(self, x):
+        return self.conv(x, EDGES)
+
+
+def spirals():
+    return torch.randint(-1, N, (N, 4))
+
+
+LAYERS = {
+    "MappingPool": lambda: MappingPool(mapping()),
+    "WeightedPool": lambda: WeightedPool(mapping()),
+    "FullPool": lambda: FullPool(N, M),
+    "sum": lambda: AttentionPool(N, M, 5, 3, mapping(), normalization="sum", init="normal"),
+    "softmax": lambda: AttentionPool(N, M, 5, 3, mapping(), init="normal"),
+    "alone": lambda: AttentionUnpool(N, M, 5, 4, init="normal"),
+    "all kept": lambda: AttentionPool(N, M, 5, None, mapping(), init="normal"),
+    "DiffPool": lambda: DiffPool(F, M, EDGES, N),
+    "StaticChebConv": lambda: StaticChebConv(F, 4, 3, EDGES, N),
+    "StaticChebConv, narrow": lambda: StaticChebConv(F, 2, 3, EDGES, N),
+    "SpiralConv": lambda: SpiralConv(F, 4, spirals()),
+    "SpiralConv, narrow": lambda: SpiralConv(F, 2, spirals()),
+    "ChebConv of PyG": OnGraph,
+}
+
+
+def dense_mapping(mapping):
+    row = torch.arange(M).unsqueeze(1).expand_as(mapping.index)
+    return mapping.weight.new_zeros(M, N).index_put((row, mapping.index), mapping.weight, True)
+
+
+class Dense(torch.nn.Module):
+    r"""The same layer by dense matrices, on the parameters of the layer, under their names."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = [layer]  # of which the structure alone is read
+        for name, parameter in layer.named_parameters():
+            self.register_parameter(name.replace(".", "_"), parameter)
+
+    def forward(self, x):
+        layer, batched = self.layer[0], x if x.dim() == 3 else x.unsqueeze(0)
+        y = self.dense(layer, batched)
+        return y if x.dim() == 3 else y.squeeze(0)
+
+    def chebyshev(self, layer, x, prefix):
+        conv = layer.conv if prefix else layer
+        row = torch.repeat_interleave(conv.rowptr.diff())
+        matrix = torch.zeros(N, N, dtype=x.dtype).index_put((row, conv.col), conv.laplacian, True)
+        names = [f"{prefix}lins_{i}_weight" for i in range(len(conv.lins))]
+        weight = torch.stack([getattr(self, name).t() for name in names])
+        return reference.chebyshev(matrix, weight, x) + getattr(self, f"{prefix}bias")
+
+    def dense(self, layer, x):
+        if isinstance(layer, OnGraph):
+            scale = torch.zeros(N, N, dtype=x.dtype)
+            scale[tuple(EDGES)] = -0.5
+            weight = torch.stack([getattr(self, f"conv_lins_{i}_weight").t() for i in range(3)])
+            return reference.chebyshev(scale, weight, x) + self.conv_bias
+        if isinstance(layer, StaticChebConv):
+            return self.chebyshev(layer, x, "")
+        if isinstance(layer, DiffPool):
+            assignment = self.chebyshev(layer, x, "conv_").softmax(dim=-1)
+            return assignment.transpose(1, 2) @ x
+        if isinstance(layer, SpiralConv):
+            padded = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
+            return padded[:, layer.spirals].flatten(2) @ self.lin_weight.t() + self.lin_bias
+        if isinstance(layer, MappingPool):
+            matrix = dense_mapping(layer.mapping())
+        elif isinstance(layer, WeightedPool):
+            matrix = dense_mapping(Mapping(layer.index, layer.initial_weight, N)).new_zeros(M, N)
+            row = torch.arange(M).unsqueeze(1).expand_as(layer.index)
+            matrix = matrix.index_put((row, layer.index), self.weight, True)
+        elif isinstance(layer, FullPool):
+            matrix = self.weight
+        else:
+            log_beta, k = getattr(self, "log_beta", None), layer.k or N
+            matrix = reference.attention(self.query, self.key, k, log_beta)
+            if layer.prior_index is not None:
+                prior = dense_mapping(Mapping(layer.prior_index, layer.prior_weight, N))
+                matrix = reference.fuse(matrix, prior, self.fusion_weight)
+        return torch.einsum("mn,bnf->bmf", matrix, x)
+
+
+@pytest.fixture(params=LAYERS)
+def layer(request):
+    return LAYERS[request.param]().double()
+
+
+@pytest.fixture
+def twin(layer):
+    return Dense(layer)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(B, N, F, dtype=torch.float64)
+
+
+def parameters(module):
+    return {name.replace(".", "_"): p.detach() for name, p in module.named_parameters()}
+
+
+def called(module, parameters, x):
+    r"""A call with other parameters, whose names have dots replaced."""
+    names = {name.replace(".", "_"): name for name, _ in module.named_parameters()}
+    return functional_call(module, {names[key]: p for key, p in parameters.items()}, (x,))
+
+
+def loss(module):
+    head = torch.linspace(-1, 1, 1000, dtype=torch.float64)
+
+    def function(parameters, x):
+        y = called(module, parameters, x)
+        return (y.square().flatten() * head[: y.numel()]).sum()
+
+    return function
+
+
+# One column each ####################################################################
+
+
+def of_jvp(module, x):
+    tangent = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    return jvp(module, (x,), (tangent,))
+
+
+def of_jvp_of_parameters(module, x):
+    own = parameters(module)
+    if not own:
+        return 0
+    tangents = {name: torch.cos(p * 17) for name, p in own.items()}
+    return jvp(lambda p: called(module, p, x), (own,), (tangents,))
+
+
+def of_dual_numbers(module, x):
+    with forward_ad.dual_level():
+        out = module(forward_ad.make_dual(x, torch.sin(x)))
+        return tuple(forward_ad.unpack_dual(out))
+
+
+def of_vjp(module, x):
+    y, pull = vjp(module, x)
+    return y, pull(torch.cos(y))
+
+
+def of_hessian(module, x):
+    own = parameters(module)
+    return hessian(loss(module))(own, x[0]) if own else 0
+
+
+def of_gradients_per_sample(module, x):
+    own = parameters(module)
+    return vmap(grad(loss(module)), (None, 0))(own, x) if own else vmap(grad(module_sum(module)))(x)
+
+
+def module_sum(module):
+    return lambda x: module(x).square().sum()
+
+
+def of_ensemble(module, x):
+    own = parameters(module)
+    several = {name: torch.stack([p, torch.cos(5 * p)]) for name, p in own.items()}
+    return vmap(lambda p: called(module, p, x))(several) if own else 0
+
+
+def of_batched_gradients(module, x):
+    x = x.clone().requires_grad_()
+    y = module(x)
+    heads = torch.linspace(-1, 1, 3 * y.numel(), dtype=y.dtype).view(3, *y.shape)
+    inputs = [x, *module.parameters()]
+    return torch.autograd.grad(y, inputs, heads, is_grads_batched=True)
+
+
+def of_second_gradients(module, x):
+    x = x.clone().requires_grad_()
+    inputs = [x, *module.parameters()]
+    first = torch.autograd.grad(module(x).square().sum(), inputs, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+
+def of_trace(module, x):
+    traced = torch.jit.trace(module, x)
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    return torch.jit.load(io.BytesIO(file.getvalue()))(torch.cat([x, -x]))
+
+
+def of_flop_counter(module, x):
+    with FlopCounterMode(display=False):
+        return module(x)
+
+
+TOOLS = {
+    "jvp": of_jvp,
+    "jvp of parameters": of_jvp_of_parameters,
+    "dual numbers": of_dual_numbers,
+    "jacfwd": lambda module, x: jacfwd(module)(x[0]),
+    "jacrev": lambda module, x: jacrev(module)(x[0]),
+    "vjp": of_vjp,
+    "grad": lambda module, x: grad(module_sum(module))(x),
+    "hessian": of_hessian,
+    "vmap": lambda module, x: vmap(module)(torch.stack([x, 2 * x])),
+    "vmap of grad": of_gradients_per_sample,
+    "ensemble": of_ensemble,
+    "is_grads_batched": of_batched_gradients,
+    "second gradients": of_second_gradients,
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_numbers_are_those_of_the_dense_twin(layer, twin, x, tool):
+    found, wanted = TOOLS[tool](layer, x), TOOLS[tool](twin, x)
+    assert_close(found, wanted, rtol=1e-6, atol=1e-8)
+
+
+# The twin's structure would be traced with it.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_trace(layer, twin, x):
+    assert_close(of_trace(layer, x), twin(torch.cat([x, -x])), rtol=1e-6, atol=1e-8)
+
+
+def test_flop_counter(layer, twin, x):
+    assert_close(of_flop_counter(layer, x), twin(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")  # of an exporter that PyTorch keeps for older code
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "ChebConv of PyG"])
+def test_onnx_of_before(name):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    layer, x, file = LAYERS[name](), torch.randn(B, N, F), io.BytesIO()
+    torch.onnx.export(layer, (x,), file, dynamo=False, opset_version=17, input_names=["x"])
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    (out,) = session.run(None, {"x": x.numpy()})
+    assert_close(torch.from_numpy(out), Dense(layer)(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")  # as the graph is traced
+def test_graph_of_tensorboard(layer, x, tmp_path):
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="no tensorboard")
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        writer.add_graph(layer, x)
+    assert any(path.stat().st_size > 500 for path in tmp_path.iterdir())
+
+
+def test_gradcheck_forward_and_backward(layer, x):
+    x = x[:1].requires_grad_()
+    assert torch.autograd.gradcheck(layer, x, check_forward_ad=True, check_batched_grad=False)
+
+
+@pytest.mark.parametrize("kind", ["mean", "decay", "decay, one by one"])
+def test_moving_averages_leave_indices_alone(layer, x, kind):
+    kwargs = {
+        "mean": {},
+        "decay": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
+        "decay, one by one": {"avg_fn": get_ema_avg_fn(0.9)},
+    }[kind]
+    averaged = AveragedModel(layer, use_buffers=True, **kwargs)
+    seen = []
+    for _ in range(4):
+        averaged.update_parameters(layer)
+        seen.append({name: p.detach().clone() for name, p in layer.named_parameters()})
+        for p in layer.parameters():
+            p.data += 0.1 * torch.randn_like(p)
+    wanted = copy.deepcopy(layer)
+    for name, p in wanted.named_parameters():
+        mean = seen[0][name]
+        for step, each in enumerate(seen[1:], start=1):
+            share = 1 / (step + 1) if kind == "mean" else 0.1
+            mean = mean + share * (each[name] - mean)
+        p.data = mean
+    assert_close(averaged(x), Dense(wanted)(x), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*spectral_norm:FutureWarning")
+@pytest.mark.parametrize(
+    "reparametrize",
+    [
+        torch.nn.utils.weight_norm,
+        torch.nn.utils.spectral_norm,
+        parametrizations.weight_norm,
+        parametrizations.spectral_norm,
+        parametrizations.orthogonal,
+    ],
+    ids=["old weight_norm", "old spectral_norm", "weight_norm", "spectral_norm", "orthogonal"],
+)
+@pytest.mark.parametrize("name", ["sum", "softmax", "all kept"])
+def test_parametrized_keys(name, reparametrize, x):
+    layer = LAYERS[name]().double()
+    reparametrize(layer, "key")
+    layer.eval()
+    y = layer(x)  # which sets the key of the older kinds
+    prior = dense_mapping(Mapping(layer.prior_index, layer.prior_weight, N))
+    matrix = reference.attention(layer.query, layer.key, layer.k or N, layer.log_beta)
+    wanted = reference.apply(reference.fuse(matrix, prior, layer.fusion_weight), x)
+    assert_close(y, wanted)
+    learned = list(layer.parameters())
+    for a, b in zip(
+        torch.autograd.grad(y.square().sum(), learned, retain_graph=True),
+        torch.autograd.grad(wanted.square().sum(), learned),
+        strict=True,
+    ):
+        assert_close(a, b)
+    assert_close(freeze(torch.nn.Sequential(layer))(x), y)
+
+
+@pytest.mark.parametrize("name", ["MappingPool", "WeightedPool", "FullPool", "sum", "softmax"])
+@pytest.mark.parametrize("write", ["layer @ x", "torch.matmul"])
+def test_products_compile(name, write, x, compiled):
+    layer = LAYERS[name]().double()
+    function = (lambda x: layer @ x) if write == "layer @ x" else lambda x: torch.matmul(layer, x)
+    assert_close(compiled(function)(x), Dense(layer)(x))
+
+
+def test_the_other_product_stays_refused_when_compiled(compiled):
+    layer = LAYERS["softmax"]()
+    with pytest.raises(Exception, match="torch_function"):
+        compiled(lambda x: x @ layer)(torch.randn(B, F, M))
+
+
+@pytest.mark.parametrize("name", ["MappingPool", "softmax", "StaticChebConv", "SpiralConv"])
+def test_transforms_compile(name, x, compiled):
+    layer = LAYERS[name]().double()
+    out = compiled(vmap(layer))(torch.stack([x, 2 * x]))
+    assert_close(out, torch.stack([Dense(layer)(x), Dense(layer)(2 * x)]))
+
+
+@pytest.fixture(scope="module")
+def processes():
+    r"""One process that takes itself for all."""
+    distributed = torch.distributed
+    if not distributed.is_available():
+        pytest.skip("PyTorch was built without distribution")
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_fully_sharded(layer, x, processes):
+    fully_shard = pytest.importorskip("torch.distributed.fsdp").fully_shard
+    twin = Dense(copy.deepcopy(layer))
+    fully_shard(layer, mesh=processes)
+    y, wanted = layer(x), twin(x)
+    assert_close(y, wanted)
+    if not list(twin.parameters()):
+        return
+    y.square().sum().backward()
+    wanted.square().sum().backward()
+    for a, b in zip(layer.parameters(), twin.parameters(), strict=True):
+        assert_close(a.grad.full_tensor(), b.grad)
+
+
+def test_states_with_scalars_are_read():
+    layer = LAYERS["softmax"]()
+    state = layer.state_dict()
+    scalars = {name: state[name].squeeze() for name in ("fusion_weight", "log_beta")}
+    for assign in (False, True):
+        other = LAYERS["softmax"]()
+        other.load_state_dict({**state, **scalars}, assign=assign)
+        assert_close(other.state_dict(), state)
+
+
+# The whole model ####################################################################
+
+
+@pytest.fixture(
+    scope="module", params=[(coma, "qem"), (coma, "attention"), (neural3dmm, "attention")]
+)
+def model(request):
+    make, pool = request.param
+    torch.manual_seed(1)
+    hierarchy = MeshHierarchy.from_template(blob(1, seed=0), factors=[3])
+    kwargs = {"K": 3} if make is coma else {}
+    return make(hierarchy, pool, 2, channels=(4,), activation="elu", **kwargs).double()
+
+
+@pytest.fixture
+def meshes(model):
+    return torch.randn(2, model.num_vertices[0], 3, dtype=torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_of_a_model(model, meshes):
+    def by_backward(x, module=model):
+        return torch.autograd.functional.jacobian(module, x)
+
+    wanted, tangent = by_backward(meshes[:1]), torch.randn_like(meshes[:1])
+    out, moved = jvp(model, (meshes[:1],), (tangent,))
+    assert_close(out, model(meshes[:1]))
+    assert_close(moved, torch.einsum("bmfcng,cng->bmf", wanted, tangent))
+    z = model.encode(meshes)
+    assert_close(
+        jacfwd(model.decode)(z[:1]), torch.autograd.functional.jacobian(model.decode, z[:1])
+    )
+    assert_close(vmap(lambda x: model(x.unsqueeze(0)).squeeze(0))(meshes), model(meshes))
+
+    own = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(parameters, x):
+        return functional_call(model, parameters, (x.unsqueeze(0),)).square().sum()
+
+    found = vmap(grad(loss), (None, 0))(own, meshes)
+    for i in range(len(meshes)):
+        grads = torch.autograd.grad(model(meshes[i : i + 1]).square().sum(), model.parameters())
+        for name, g in zip(own, grads, strict=True):
+            assert_close(found[name][i], g)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_trace_and_count_of_a_model(model, meshes):
+    assert_close(of_trace(model, meshes), model(torch.cat([meshes, -meshes])))
+    assert_close(of_flop_counter(model, meshes), model(meshes))
+
+
+def test_averages_of_a_model(model, meshes):
+    averaged = AveragedModel(model, use_buffers=True, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            averaged.update_parameters(model)
+    assert_close(averaged(meshes), model(meshes))
