@@ -113,9 +113,9 @@ def _of_type(kinds: list[Kind], dtype: torch.dtype | None) -> list[Kind]:
     return [k._replace(dtype=k.dtype or dtype) if k.ctype in arrays else k for k in kinds]
 
 
-# The same by the name in the library, with the number of sizes.
+# The same by the name in the library: the arguments after the sizes, and the number of sizes.
 FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
-    full: (_of_type(kinds, dtype), kinds.count(SIZE), numels)
+    full: (_of_type(kinds[kinds.count(SIZE) :], dtype), kinds.count(SIZE), numels)
     for table, dtypes in ((UNTYPED, {None: ""}), (TYPED, {t: f"_{n}" for t, n in DTYPES.items()}))
     for name, (kinds, numels) in table.items()
     for dtype, suffix in dtypes.items()
@@ -133,9 +133,10 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         return None
     if library is None or not hasattr(library, f"pyg_attnpool_{VERSION}"):
         return None
-    for name, (kinds, *_) in FUNCTIONS.items():
+    for name, (kinds, num_sizes, _) in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = [kind.ctype for kind in kinds], c_int64
+        function.argtypes = [c_int64] * num_sizes + [kind.ctype for kind in kinds]
+        function.restype = c_int64
     return library
 
 
@@ -197,37 +198,39 @@ def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
     """
     kinds, num_sizes, numels = FUNCTIONS[name]
     sizes = args[:num_sizes]
-    expected = iter(numels(*sizes))
+    expected = numels(*sizes)
     converted: list[Any] = list(sizes)
-    for arg, kind in zip(args[num_sizes:], kinds[num_sizes:], strict=True):
-        if kind.dtype is None:  # a number
+    array = 0
+    for arg, (_, dtype, optional) in zip(args[num_sizes:], kinds, strict=True):
+        if dtype is None:  # a number
             converted.append(arg)
             continue
-        numel = next(expected)
-        if arg is None and kind.optional:
-            converted.append(None)
+        numel = expected[array]
+        array += 1
+        if isinstance(arg, Tensor):
+            converted.append(_address(name, arg, dtype, numel))
         elif isinstance(arg, list):
-            addresses = [_address(name, tensor, kind.dtype, numel) for tensor in arg]
+            addresses = [_address(name, tensor, dtype, numel) for tensor in arg]
             converted.append((c_void_p * len(arg))(*addresses))
+        elif arg is None and optional:
+            converted.append(None)
         else:
-            converted.append(_address(name, arg, kind.dtype, numel))
+            raise TypeError(f"Expected a tensor in '{name}' (got {type(arg).__name__})")
     if getattr(library, name)(*converted) != 0:
         raise ValueError(
             f"Expected indices within the rows that they point to, and row pointers that ascend to "
-            f"the number of entries (got others in '{name}' with arrays of {numels(*sizes)})"
+            f"the number of entries (got others in '{name}' with arrays of {expected})"
         )
 
 
-def _address(name: str, tensor: Any, dtype: torch.dtype, numel: int) -> int:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"Expected a tensor in '{name}' (got {type(tensor).__name__})")
-    whole = tensor.dtype == dtype and tensor.numel() == numel and tensor.is_contiguous()
-    if not whole or not tensor.is_cpu:
-        raise ValueError(
-            f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
-            f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
-        )
-    return tensor.data_ptr()
+def _address(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    fits = tensor.dtype is dtype and tensor.numel() == numel
+    if fits and tensor.is_cpu and tensor.is_contiguous():
+        return tensor.data_ptr()
+    raise ValueError(
+        f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
+        f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
+    )
 
 
 def spmm(
