@@ -218,8 +218,9 @@ def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
             raise TypeError(f"Expected a tensor in '{name}' (got {type(arg).__name__})")
     if getattr(library, name)(*converted) != 0:
         raise ValueError(
-            f"Expected indices within the rows that they point to, and row pointers that ascend to "
-            f"the number of entries (got others in '{name}' with arrays of {expected})"
+            f"Expected indices within the rows that they point to, row pointers that ascend to the "
+            f"number of entries, and at least one key (got others in '{name}' with arrays of "
+            f"{expected})"
         )
 
 
@@ -231,6 +232,12 @@ def _address(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
         f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
         f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
     )
+
+
+def _named(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"Expected numbers of {list(DTYPES)} in '{name}' (got {tensor.dtype})")
+    return f"{name}_{DTYPES[tensor.dtype]}"
 
 
 def spmm(
@@ -246,7 +253,7 @@ def spmm(
     :math:`\mathbf{A}`, whose values :obj:`perm` puts in their order, and rows :obj:`[N, C]`."""
     out = x.new_empty(rowptr.numel() - 1, x.size(1))
     sizes = *out.shape, x.size(0), col.numel()
-    call(f"spmm_{DTYPES[x.dtype]}", *sizes, rowptr, col, perm, value, x, scale, minus, out)
+    call(_named("spmm", x), *sizes, rowptr, col, perm, value, x, scale, minus, out)
     return out
 
 
@@ -255,14 +262,14 @@ def terms(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, K: int) -> list
     :math:`T_{K-1}(\mathbf{A}) \mathbf{x}` of rows :obj:`[N, B, F]`, in the workspace."""
     out = workspace((K - 1, *x.shape), x.dtype)
     sizes = (x.size(0), x.size(1) * x.size(2), K, col.numel())
-    call(f"terms_{DTYPES[x.dtype]}", *sizes, rowptr, col, value, x, out)
+    call(_named("terms", x), *sizes, rowptr, col, value, x, out)
     return [x, *out]
 
 
 def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""The dot products of rows of :obj:`a` and :obj:`b` at the entries of a CSR pattern."""
     out = a.new_empty(col.numel())
-    call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, b.size(0), col.numel(), rowptr, col, a, b, out)
+    call(_named("sddmm", a), *a.shape, b.size(0), col.numel(), rowptr, col, a, b, out)
     return out
 
 
@@ -273,7 +280,7 @@ def spmm_grads(
     pattern."""
     out = torch.empty_like(x), torch.empty_like(value)
     sizes = *x.shape, g.size(0), col_t.numel()
-    call(f"spmm_grads_{DTYPES[x.dtype]}", *sizes, rowptr_t, col_t, perm, value, g, x, *out)
+    call(_named("spmm_grads", x), *sizes, rowptr_t, col_t, perm, value, g, x, *out)
     return out
 
 
@@ -289,7 +296,7 @@ def convolve_slots(x: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tens
     slot and weights :obj:`[S, F, G]`."""
     (num_nodes, batch, _), (slots, F, G) = x[0].shape, weight.shape
     out = weight.new_empty(num_nodes, batch, G)
-    name = f"convolve_slots_{DTYPES[out.dtype]}"
+    name = _named("convolve_slots", out)
     _one_per_slot(slots, x)
     call(name, num_nodes, batch, F, G, slots, x, weight, bias, out)
     return out
@@ -302,7 +309,7 @@ def convolve_entries(
     the entries of every row, for rows :obj:`[N, B, F]` and weights :obj:`[S, F, G]`."""
     slots, F, G = weight.shape
     out = x.new_empty(rowptr.numel() - 1, x.size(1), G)
-    name = f"convolve_entries_{DTYPES[x.dtype]}"
+    name = _named("convolve_entries", x)
     sizes = *out.shape[:2], F, G, slots, x.size(0), col.numel()
     call(name, *sizes, rowptr, col, slot, x, weight, bias, out)
     return out
@@ -316,7 +323,7 @@ def outer(x: list[Tensor], g: list[Tensor], index: Tensor | None = None) -> Tens
     out = g[0].new_empty(len(x), F, G)
     _one_per_slot(len(x), g)
     sizes = num_nodes, batch, F, G, len(x), num_rows
-    call(f"outer_{DTYPES[out.dtype]}", *sizes, x, g, index, out)
+    call(_named("outer", out), *sizes, x, g, index, out)
     return out
 
 
@@ -342,7 +349,7 @@ def topk(
     sizes = (query.size(0), key.size(0), key.size(1), k, candidates.size(1))
     state = (last_query, last_key, candidates, angle)
     with search_lock:
-        call(f"topk_{DTYPES[query.dtype]}", *sizes, query, key, *state, index, score, searched)
+        call(_named("topk", query), *sizes, query, key, *state, index, score, searched)
     return index, score
 
 
@@ -352,7 +359,7 @@ def attention(score: Tensor, prior: Tensor, scale: float, share: float) -> Tenso
     another is the :math:`\beta` of their softmax; :obj:`share` is what the learned slots count."""
     (num_query, k), slots = score.shape, prior.size(1)
     weight = score.new_empty(num_query, k + slots)
-    name = f"attention_{DTYPES[score.dtype]}"
+    name = _named("attention", score)
     call(name, num_query, k, slots, score, prior, scale, share, weight)
     return weight
 
@@ -372,5 +379,5 @@ def attention_backward(
     out = torch.empty_like(query), torch.empty_like(key), query.new_empty(2)
     sizes = (query.size(0), *key.shape, score.size(1), prior.size(1))
     inputs = query, key, index, score, prior, scale, share, grad
-    call(f"attention_backward_{DTYPES[query.dtype]}", *sizes, *inputs, *transposed, *out)
+    call(_named("attention_backward", query), *sizes, *inputs, *transposed, *out)
     return out
