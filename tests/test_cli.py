@@ -83,7 +83,10 @@ def test_meshes_that_are_only_moved_are_noticed(scans, tmp_path, capsys):
         (["train", "nowhere", "-o", "run"], "nowhere"),
         (["train", "empty", "-o", "run"], "empty"),
         (["train", "{scans}", "-o", "run", "--steps", "0"], "positive steps"),
-        (["train", "{scans}", "-o", "run", "--model", "pca", "--latent", "0"], "latent"),
+        (
+            ["train", "{scans}", "-o", "run", "--unit", "mm", "--model", "pca", "--latent", "0"],
+            "latent",
+        ),
         (["info", "nowhere"], "nowhere"),
         (["info", "empty"], "config.json"),
         (["evaluate", "{run}", "other"], "vertices"),

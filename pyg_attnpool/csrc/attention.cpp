@@ -87,6 +87,7 @@ void attention_backward(int64_t M, int64_t N, int64_t c, int64_t k, int64_t P, c
 #define FUNCTIONS(T)                                                                              \
     int64_t attention_##T(int64_t M, int64_t k, int64_t P, const T* score, const T* prior,        \
                           double scale, double share, T* weight) {                                \
+        if (k < 1) return OUT_OF_RANGE;                                                           \
         attention<T>(M, k, P, score, prior, scale, share, weight);                                \
         return DONE;                                                                              \
     }                                                                                             \
@@ -96,7 +97,8 @@ void attention_backward(int64_t M, int64_t N, int64_t c, int64_t k, int64_t P, c
         const T* grad, const int64_t* rowptr_t, const int64_t* col_t, const int64_t* perm,        \
         T* grad_query, T* grad_key, T* grad_scalars) {                                            \
         const int64_t E = M * (k + P);                                                            \
-        if (!inside(E, index, N) || !is_pattern(N, M, E, rowptr_t, col_t) || !inside(E, perm, E)) \
+        if (k < 1 || !inside(E, index, N) || !is_pattern(N, M, E, rowptr_t, col_t) ||             \
+            !inside(E, perm, E))                                                                  \
             return OUT_OF_RANGE;                                                                  \
         attention_backward<T>(M, N, c, k, P, query, key, index, score, prior, scale, share, grad, \
                               rowptr_t, col_t, perm, grad_query, grad_key, grad_scalars);         \

@@ -48,8 +48,8 @@ class IndexedModule(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._declared: dict[str, Index] = {}
-        # The indices that were checked last, with their versions, which count edits in place.
-        self._seen: list[tuple[Tensor, int, int]] = []
+        # What was checked last: names, tensors, their places in memory and versions.
+        self._seen: list[tuple[str, Tensor, int, int]] = []
 
     def register_index(
         self,
@@ -88,37 +88,46 @@ class IndexedModule(torch.nn.Module):
     def _renew(self) -> None:
         # Casts and loads give indices that are known to be valid.
         self._derive()
-        self._seen = self._versions()
+        self._seen = []
+        for name in (*self._declared, *self._read):
+            tensor = getattr(self, name)
+            if isinstance(tensor, Tensor) and has_version(tensor):
+                # Tensors that were made in inference mode count no edits.
+                version = -1 if tensor.is_inference() else tensor._version
+                self._seen.append((name, tensor, tensor.data_ptr(), version))
 
-    def _versions(self) -> list[tuple[Tensor, int, int]]:
-        tensors = [getattr(self, name) for name in (*self._declared, *self._read)]
-        return [(t, *_version(t)) for t in tensors if isinstance(t, Tensor) and _has_version(t)]
+    def _same(self, device: torch.device) -> bool:
+        # Whether indices and weights are those of the last call: the same tensors, whose place in
+        # memory `index.data = ...` changes and whose version counts edits in place.
+        for name, tensor, place, version in self._seen:
+            if getattr(self, name) is not tensor or tensor.data_ptr() != place:
+                return False
+            if version >= 0 and tensor._version != version:
+                return False
+        for name, index_name in self._of_slots:
+            index = getattr(self, index_name)
+            if index is not None and getattr(self, name).shape != index.shape:
+                return False
+        return len(self._seen) > 0 and self._seen[0][1].device == device
 
     def _refresh(self, device: torch.device) -> None:
         # Looks at the indices where they are no longer those of the last call. What distributes a
         # module over devices knows its parameters and buffers alone, so indices follow the
         # features. A call that is traced has no values to look at.
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not self._declared or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        for name in self._declared:
-            index = getattr(self, name)
-            if isinstance(index, Tensor) and index.device != device and device.type != "meta":
-                setattr(self, name, index.to(device))
-        for name, index_name in self._of_slots:
-            weight, index = getattr(self, name), getattr(self, index_name)
-            if index is not None and weight.shape != getattr(index, "shape", None):
-                check_index(index_name, index, *self._declared[index_name][:3])
-                check_weight(name, weight, index.shape)
-        seen = self._versions()
-        same = len(seen) == len(self._seen) and all(
-            a[0] is b[0] and a[1:] == b[1:] for a, b in zip(seen, self._seen, strict=True)
-        )
-        if same:
+        if self._same(device):
             return
         with outside() if composing() else nullcontext():
-            for name, index in self._declared.items():
-                check_index(name, getattr(self, name), index.shape, index.end, index.low)
-                setattr(self, name, getattr(self, name).long())
+            for name, spec in self._declared.items():
+                index = getattr(self, name)
+                check_index(name, index, spec.shape, spec.end, spec.low)
+                moved = index.is_meta or device.type == "meta"
+                setattr(self, name, index.long() if moved else index.to(device, torch.long))
+            for name, index_name in self._of_slots:
+                weight = getattr(self, name)
+                if has_version(weight):
+                    check_weight(name, weight, getattr(self, index_name).shape)
             self._check()
             self._renew()
 
@@ -215,15 +224,9 @@ def _vector(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.dim() == 0 else tensor
 
 
-def _has_version(tensor: Tensor) -> bool:
-    # Also not a batch of buffers, as of an ensemble.
+def has_version(tensor: Tensor) -> bool:
+    r"""Whether a tensor is one of values, and no batch of buffers, as that of an ensemble."""
     return plain(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-
-
-def _version(index: Tensor) -> tuple[int, int]:
-    # The place in memory, which `index.data = ...` changes, and the count of edits in place, which
-    # tensors that were made in inference mode do not have.
-    return index.data_ptr(), -1 if index.is_inference() else index._version
 
 
 def _moved(index: Tensor, fn: Callable[[Tensor], Tensor], empty: int) -> Tensor:

@@ -7,8 +7,7 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.nn.base import VertexLayer, check_weight
-from pyg_attnpool.ops.backend import plain
+from pyg_attnpool.nn.base import VertexLayer, check_weight, has_version
 from pyg_attnpool.ops.cheb import cheb_conv
 from pyg_attnpool.ops.sparse import transpose
 
@@ -88,7 +87,7 @@ class StaticChebConv(VertexLayer):
 
     def _check(self) -> None:
         # The backward pass takes the Laplacian for its own transpose.
-        if not (plain(self.col) and plain(self.laplacian)):
+        if not (has_version(self.col) and has_version(self.laplacian)):
             return
         check_weight("laplacian", self.laplacian, self.col.shape)
         rowptr, col, perm = transpose(self.rowptr, self.col, self.num_source)

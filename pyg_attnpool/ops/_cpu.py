@@ -113,9 +113,9 @@ def _of_type(kinds: list[Kind], dtype: torch.dtype | None) -> list[Kind]:
     return [k._replace(dtype=k.dtype or dtype) if k.ctype in arrays else k for k in kinds]
 
 
-# The same by the name in the library, with the number of sizes.
+# The same by the name in the library: the arguments after the sizes, and the number of sizes.
 FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
-    full: (_of_type(kinds, dtype), kinds.count(SIZE), numels)
+    full: (_of_type(kinds[kinds.count(SIZE) :], dtype), kinds.count(SIZE), numels)
     for table, dtypes in ((UNTYPED, {None: ""}), (TYPED, {t: f"_{n}" for t, n in DTYPES.items()}))
     for name, (kinds, numels) in table.items()
     for dtype, suffix in dtypes.items()
@@ -142,9 +142,10 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         return None
     if library is None or not hasattr(library, f"pyg_attnpool_{VERSION}"):
         return None
-    for name, (kinds, *_) in FUNCTIONS.items():
+    for name, (kinds, num_sizes, _) in FUNCTIONS.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = [kind.ctype for kind in kinds], c_int64
+        function.argtypes = [c_int64] * num_sizes + [kind.ctype for kind in kinds]
+        function.restype = c_int64
     library.decode.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
     library.decode.restype, library.decoder_width.restype = None, c_int64
     library.checksum.argtypes = [c_int64, POINTER(c_int64), POINTER(c_void_p)]
@@ -210,37 +211,46 @@ def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
     """
     kinds, num_sizes, numels = FUNCTIONS[name]
     sizes = args[:num_sizes]
-    expected = iter(numels(*sizes))
+    expected = numels(*sizes)
     converted: list[Any] = list(sizes)
-    for arg, kind in zip(args[num_sizes:], kinds[num_sizes:], strict=True):
-        if kind.dtype is None:  # a number
+    array = 0
+    for arg, (_, dtype, optional) in zip(args[num_sizes:], kinds, strict=True):
+        if dtype is None:  # a number
             converted.append(arg)
             continue
-        numel = next(expected)
-        if arg is None and kind.optional:
-            converted.append(None)
+        numel = expected[array]
+        array += 1
+        if isinstance(arg, Tensor):
+            converted.append(_address(name, arg, dtype, numel))
         elif isinstance(arg, list):
-            addresses = [_address(name, tensor, kind.dtype, numel) for tensor in arg]
+            addresses = [_address(name, tensor, dtype, numel) for tensor in arg]
             converted.append((c_void_p * len(arg))(*addresses))
+        elif arg is None and optional:
+            converted.append(None)
         else:
-            converted.append(_address(name, arg, kind.dtype, numel))
+            raise TypeError(f"Expected a tensor in '{name}' (got {type(arg).__name__})")
     if getattr(library, name)(*converted) != 0:
         raise ValueError(
-            f"Expected indices within the rows that they point to, and row pointers that ascend to "
-            f"the number of entries (got others in '{name}' with arrays of {numels(*sizes)})"
+            f"Expected indices within the rows that they point to, row pointers that ascend to the "
+            f"number of entries, and at least one key (got others in '{name}' with arrays of "
+            f"{expected})"
         )
 
 
-def _address(name: str, tensor: Any, dtype: torch.dtype, numel: int) -> int:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"Expected a tensor in '{name}' (got {type(tensor).__name__})")
-    whole = tensor.dtype == dtype and tensor.numel() == numel and tensor.is_contiguous()
-    if not whole or not tensor.is_cpu:
-        raise ValueError(
-            f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
-            f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
-        )
-    return tensor.data_ptr()
+def _address(name: str, tensor: Tensor, dtype: torch.dtype, numel: int) -> int:
+    fits = tensor.dtype is dtype and tensor.numel() == numel
+    if fits and tensor.is_cpu and tensor.is_contiguous():
+        return tensor.data_ptr()
+    raise ValueError(
+        f"Expected a contiguous array of {numel} elements of {dtype} on the CPU in '{name}' "
+        f"(got {list(tensor.shape)} of {tensor.dtype} on {tensor.device})"
+    )
+
+
+def _named(name: str, tensor: Tensor) -> str:
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"Expected numbers of {list(DTYPES)} in '{name}' (got {tensor.dtype})")
+    return f"{name}_{DTYPES[tensor.dtype]}"
 
 
 def checksum(tensors: list[Tensor]) -> int:
@@ -264,7 +274,7 @@ def spmm(
     :math:`\mathbf{A}`, whose values :obj:`perm` puts in their order, and rows :obj:`[N, C]`."""
     out = x.new_empty(rowptr.numel() - 1, x.size(1))
     sizes = *out.shape, x.size(0), col.numel()
-    call(f"spmm_{DTYPES[x.dtype]}", *sizes, rowptr, col, perm, value, x, scale, minus, out)
+    call(_named("spmm", x), *sizes, rowptr, col, perm, value, x, scale, minus, out)
     return out
 
 
@@ -273,14 +283,14 @@ def terms(rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, K: int) -> list
     :math:`T_{K-1}(\mathbf{A}) \mathbf{x}` of rows :obj:`[N, B, F]`, in the workspace."""
     out = workspace((K - 1, *x.shape), x.dtype)
     sizes = (x.size(0), x.size(1) * x.size(2), K, col.numel())
-    call(f"terms_{DTYPES[x.dtype]}", *sizes, rowptr, col, value, x, out)
+    call(_named("terms", x), *sizes, rowptr, col, value, x, out)
     return [x, *out]
 
 
 def sddmm(rowptr: Tensor, col: Tensor, a: Tensor, b: Tensor) -> Tensor:
     r"""The dot products of rows of :obj:`a` and :obj:`b` at the entries of a CSR pattern."""
     out = a.new_empty(col.numel())
-    call(f"sddmm_{DTYPES[a.dtype]}", *a.shape, b.size(0), col.numel(), rowptr, col, a, b, out)
+    call(_named("sddmm", a), *a.shape, b.size(0), col.numel(), rowptr, col, a, b, out)
     return out
 
 
@@ -291,7 +301,7 @@ def spmm_grads(
     pattern."""
     out = torch.empty_like(x), torch.empty_like(value)
     sizes = *x.shape, g.size(0), col_t.numel()
-    call(f"spmm_grads_{DTYPES[x.dtype]}", *sizes, rowptr_t, col_t, perm, value, g, x, *out)
+    call(_named("spmm_grads", x), *sizes, rowptr_t, col_t, perm, value, g, x, *out)
     return out
 
 
@@ -307,7 +317,7 @@ def convolve_slots(x: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tens
     slot and weights :obj:`[S, F, G]`."""
     (num_nodes, batch, _), (slots, F, G) = x[0].shape, weight.shape
     out = weight.new_empty(num_nodes, batch, G)
-    name = f"convolve_slots_{DTYPES[out.dtype]}"
+    name = _named("convolve_slots", out)
     _one_per_slot(slots, x)
     call(name, num_nodes, batch, F, G, slots, x, weight, bias, out)
     return out
@@ -320,7 +330,7 @@ def convolve_entries(
     the entries of every row, for rows :obj:`[N, B, F]` and weights :obj:`[S, F, G]`."""
     slots, F, G = weight.shape
     out = x.new_empty(rowptr.numel() - 1, x.size(1), G)
-    name = f"convolve_entries_{DTYPES[x.dtype]}"
+    name = _named("convolve_entries", x)
     sizes = *out.shape[:2], F, G, slots, x.size(0), col.numel()
     call(name, *sizes, rowptr, col, slot, x, weight, bias, out)
     return out
@@ -334,7 +344,7 @@ def outer(x: list[Tensor], g: list[Tensor], index: Tensor | None = None) -> Tens
     out = g[0].new_empty(len(x), F, G)
     _one_per_slot(len(x), g)
     sizes = num_nodes, batch, F, G, len(x), num_rows
-    call(f"outer_{DTYPES[out.dtype]}", *sizes, x, g, index, out)
+    call(_named("outer", out), *sizes, x, g, index, out)
     return out
 
 
@@ -360,7 +370,7 @@ def topk(
     sizes = (query.size(0), key.size(0), key.size(1), k, candidates.size(1))
     state = (last_query, last_key, candidates, angle)
     with search_lock:
-        call(f"topk_{DTYPES[query.dtype]}", *sizes, query, key, *state, index, score, searched)
+        call(_named("topk", query), *sizes, query, key, *state, index, score, searched)
     return index, score
 
 
@@ -370,7 +380,7 @@ def attention(score: Tensor, prior: Tensor, scale: float, share: float) -> Tenso
     another is the :math:`\beta` of their softmax; :obj:`share` is what the learned slots count."""
     (num_query, k), slots = score.shape, prior.size(1)
     weight = score.new_empty(num_query, k + slots)
-    name = f"attention_{DTYPES[score.dtype]}"
+    name = _named("attention", score)
     call(name, num_query, k, slots, score, prior, scale, share, weight)
     return weight
 
@@ -390,5 +400,5 @@ def attention_backward(
     out = torch.empty_like(query), torch.empty_like(key), query.new_empty(2)
     sizes = (query.size(0), *key.shape, score.size(1), prior.size(1))
     inputs = query, key, index, score, prior, scale, share, grad
-    call(f"attention_backward_{DTYPES[query.dtype]}", *sizes, *inputs, *transposed, *out)
+    call(_named("attention_backward", query), *sizes, *inputs, *transposed, *out)
     return out

@@ -16,11 +16,18 @@ Out = TypeVar("Out")
 
 TRITON = importlib.util.find_spec("triton") is not None
 
+# Asked in every call of an operator, and so looked up once.
+_transformed = torch._C._are_functorch_transforms_active
+_tracing = torch._C._is_tracing
+_num_modes = torch._C._len_torch_dispatch_stack
+_batch_of_gradients = torch._C._functorch.is_legacy_batchedtensor
+_PLAIN = Tensor, torch.nn.Parameter
+
 
 def on_cpu(tensor: Tensor) -> bool:
     r"""Whether the compiled operations take the tensor. A tensor that is traced has no values, so
     they do not."""
-    return _cpu.AVAILABLE and tensor.is_cpu and plain(tensor) and not composing()
+    return _cpu.AVAILABLE and tensor.is_cpu and type(tensor) in _PLAIN and not composing()
 
 
 def on_gpu(tensor: Tensor) -> bool:
@@ -32,12 +39,11 @@ def composing() -> bool:
     r"""Whether every operation must be one of PyTorch's own, which can be differentiated forward,
     batched, traced and counted: in the function transforms of :mod:`torch.func`, in forward mode,
     in :func:`torch.jit.trace`, and under a dispatch mode, as that of a FLOP counter."""
-    if torch._C._are_functorch_transforms_active():
+    if _transformed():
         return True
     if torch.compiler.is_compiling():
         return False
-    forward_mode = forward_ad._current_level >= 0
-    return forward_mode or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    return forward_ad._current_level >= 0 or _tracing() or _num_modes() > 0
 
 
 @contextmanager
@@ -93,10 +99,14 @@ class Operator(Generic[Out]):
         self.overload = getattr(torch.ops.pyg_attnpool, name).default
 
     def __call__(self, *args: Any) -> Out:
-        if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling():
+            return self.composed(*args) if _transformed() else self._custom(*args)
+        if _transformed():
             return self.composed(*args)
-        if torch.compiler.is_compiling() or not all(plain(arg) for arg in args):
-            return self._custom(*args)
+        for arg in args:
+            # With `is_grads_batched`, PyTorch calls the operator for each gradient of a batch.
+            if isinstance(arg, Tensor) and (not plain(arg) or _batch_of_gradients(arg)):
+                return self._custom(*args)
         return self.composed(*args) if composing() else self._eager(*args)
 
     def register_fake(self, fake: Callable[..., Out]) -> Callable[..., Out]:
@@ -173,11 +183,6 @@ def decompositions(**others: Callable[..., Any]) -> dict[Any, Callable[..., Any]
 
 
 def plain(arg: Any) -> bool:
-    r"""Whether an argument has values. Tracing replaces tensors by objects without, and
-    :obj:`is_grads_batched` by batches; an argument that is no tensor always has."""
-    if not isinstance(arg, Tensor):
-        return True
-    if type(arg) not in (Tensor, torch.nn.Parameter) or arg.is_meta:
-        return False
-    compiling = torch.compiler.is_compiling()
-    return compiling or not torch._C._functorch.is_legacy_batchedtensor(arg)
+    r"""Whether an argument has values. Tracing replaces tensors by objects without; an argument
+    that is no tensor always has."""
+    return not isinstance(arg, Tensor) or (type(arg) in _PLAIN and not arg.is_meta)

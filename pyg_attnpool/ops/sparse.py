@@ -269,6 +269,8 @@ def _sddmm(
     col_t: Tensor | None = None,
     perm: Tensor | None = None,
 ) -> Tensor:
+    if rowptr.numel() != a.size(0) + 1:
+        raise ValueError(f"Expected a row pointer of {a.size(0) + 1} (got {rowptr.numel()})")
     if col.numel() == 0 or a.size(1) == 0:
         return a.new_zeros(col.numel())
     rowptr, col = rowptr.contiguous(), col.contiguous()

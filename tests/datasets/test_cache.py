@@ -115,7 +115,7 @@ def test_mapped_to_be_written_to_where_there_are_no_private_pages(tmp_path, monk
 def test_files_are_closed_before_they_are_renamed(tmp_path, monkeypatch):
     # Windows renames no file that is open or mapped, and replaces none either.
     def held():
-        maps = open("/proc/self/maps").read()
+        maps = Path("/proc/self/maps").read_text()
         files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
         return [line for line in [*maps.splitlines(), *files] if line.endswith(".npy")]
 

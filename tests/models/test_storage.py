@@ -73,6 +73,7 @@ def test_a_loaded_model_is_bit_equal_and_learns_the_same(tmp_path, hierarchy, ma
     assert all(torch.equal(a, b) for a, b in zip(found, grads, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:Expected meshes in metres")  # they are 50 away
 def test_the_latent_activation_is_part_of_what_is_loaded(tmp_path, hierarchy):
     r"""Once, a linear latent came back as a ReLU, with all keys matched and another error."""
     for variant in ("default", "published"):

@@ -255,6 +255,19 @@ TOOLS = {
 }
 
 
+def test_ensemble_with_buffers(layer, x):
+    layers = [layer, copy.deepcopy(layer)]
+    for p in layers[1].parameters():
+        p.data = torch.cos(5 * p.data)
+    state = torch.func.stack_module_state(layers)
+    if not any(state):
+        return
+    for _ in range(2):
+        out = vmap(lambda *state: functional_call(layer, state, (x,)))(*state)
+        assert_close(out, torch.stack([Dense(each)(x) for each in layers]), rtol=1e-6, atol=1e-8)
+        assert_close(layer(x), out[0])
+
+
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("tool", TOOLS)
 def test_numbers_are_those_of_the_dense_twin(layer, twin, x, tool):

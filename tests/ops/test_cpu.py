@@ -216,9 +216,10 @@ def test_argument_types_are_those_of_the_sources():
 
 @needs_library
 def test_argument_types_are_set_before_the_first_call():
-    for name, (kinds, *_) in _cpu.FUNCTIONS.items():
+    for name, (kinds, num_sizes, _) in _cpu.FUNCTIONS.items():
         function = getattr(_cpu.library, name)
-        assert function.argtypes == [kind.ctype for kind in kinds]
+        sizes = [ctypes.c_int64] * num_sizes
+        assert function.argtypes == sizes + [kind.ctype for kind in kinds]
         assert function.restype == ctypes.c_int64
     whole = torch.zeros(2, dtype=torch.long), torch.zeros(0, dtype=torch.long)
     outs = torch.zeros(3, dtype=torch.long), whole[1], whole[1]

@@ -182,6 +182,8 @@ def test_animations(tmp_path):
             assert (found[frame[..., 3] == 0] == 255).all()
 
 
+# imageio-ffmpeg leaves its pipes to the garbage collector.
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")
 def test_a_film_has_its_frames(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg", reason="needs imageio-ffmpeg, to write MP4")
     vertices, faces = icosphere(1)
