@@ -12,7 +12,7 @@ from pyg_attnpool.datasets import RegisteredMeshes
 from pyg_attnpool.mesh import write_mesh
 from tests.mesh.meshes import blob
 
-for name in ("tyro", "openmesh", "pytorch_lightning"):
+for name in ("tyro", "pytorch_lightning"):
     pytest.importorskip(name)
 main = importlib.import_module("pyg_attnpool.cli").main
 

@@ -12,7 +12,7 @@ from pyg_attnpool.mesh import write_mesh
 from tests.mesh.meshes import blob
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-for name in ("tyro", "openmesh", "pytorch_lightning", "matplotlib"):
+for name in ("tyro", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
 

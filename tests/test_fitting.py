@@ -253,7 +253,6 @@ def test_outliers_count_little(linear):
 
 
 def test_a_file_is_read_in_the_unit_of_the_model(linear, tmp_path):
-    pytest.importorskip("openmesh")
     vertices, faces = partial(meshes(1, seed=3)[0])
     write_mesh(tmp_path / "scan.ply", 1000 * vertices, faces)
     linear.unit = "mm"

@@ -10,7 +10,6 @@ from pyg_attnpool.datasets import CoMA
 from pyg_attnpool.datasets.coma import EXPRESSIONS
 from tests.mesh.meshes import icosphere
 
-pytest.importorskip("openmesh")
 TEMPLATE, FACES = icosphere(1)
 SUBJECTS = ("FaceTalk_170725_00137_TA", "FaceTalk_170731_00024_TA")
 FRAMES = 3

@@ -7,7 +7,6 @@ import torch
 from pyg_attnpool.datasets import RegisteredMeshes, looks_unaligned
 from tests.mesh.meshes import icosphere
 
-pytest.importorskip("openmesh")
 FACES = np.array([[0, 1, 2], [0, 2, 3], [0, 3, 1], [1, 3, 2]])
 
 

@@ -5,7 +5,6 @@ from pyg_attnpool.datasets import RegisteredMeshes, SynHand
 from pyg_attnpool.mesh.io import write_mesh
 from tests.mesh.meshes import icosphere
 
-pytest.importorskip("openmesh")
 TEMPLATE, FACES = icosphere(1)
 
 

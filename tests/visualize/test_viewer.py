@@ -293,7 +293,6 @@ def test_between_stored_meshes(browser, tmp_path, meshes, models):
 
 @pytest.mark.parametrize("ending", ["OBJ", "PLY"])
 def test_files_are_in_the_unit_of_the_model(browser, tmp_path, models, ending):
-    pytest.importorskip("openmesh", reason="needs openmesh, to read the file")
     from pyg_attnpool.mesh import read_mesh
 
     model = models["neural3dmm"]

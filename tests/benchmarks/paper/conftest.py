@@ -14,7 +14,6 @@ def alone(one_thread):
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     r"""Stretched blobs of about 10 cm: two subjects, three expressions, eight frames."""
-    pytest.importorskip("openmesh")
     folder = tmp_path_factory.mktemp("scans")
     vertices, faces = blob(2, seed=0)
     rng = np.random.default_rng(0)

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-for name in ("tyro", "openmesh", "pytorch_lightning", "matplotlib"):
+for name in ("tyro", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
 from benchmarks.paper.__main__ import COMMANDS, main  # noqa: E402

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-for name in ("tyro", "openmesh", "pytorch_lightning", "matplotlib"):
+for name in ("tyro", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
 from benchmarks.paper import sharpening  # noqa: E402

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-for name in ("tyro", "openmesh", "pytorch_lightning", "matplotlib"):
+for name in ("tyro", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
 from benchmarks.paper import jobs  # noqa: E402
