@@ -28,6 +28,10 @@ def export(model: Model, example: Tensor, path: str | Path) -> float:
 
     Raises:
         ValueError: If the ending is another one, or as these do.
+
+    Example:
+        >>> from pyg_attnpool.export import export
+        >>> difference = export(model, meshes[:1], "model.pt2")
     """
     writers = {".pt2": export_torch, ".onnx": export_onnx}
     suffix = Path(path).suffix.lower()
@@ -62,6 +66,12 @@ def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
         ValueError: If the model holds attention layers, or the example is no such input.
         RuntimeError: If the program differs from the model by more than 1e-5, or ten roundings of
             its type where that is half precision.
+
+    Example:
+        >>> from pyg_attnpool.export import export_torch
+        >>> difference = export_torch(model.decode, model.latent_mean[None], "decoder.pt2")
+        >>> torch.export.load("decoder.pt2").module()(torch.zeros(1, 3)).shape
+        torch.Size([1, 642, 3])
     """
     model = _evaluating(model, example)
     program = _program(model, example, spmm=_bag)
@@ -89,6 +99,10 @@ def export_onnx(model: Model, example: Tensor, path: str | Path) -> float:
         ImportError: If :obj:`onnxruntime` or :obj:`onnxscript` is missing.
         ValueError: As :func:`export_torch` does, or if the model is in bfloat16.
         RuntimeError: As :func:`export_torch` does.
+
+    Example:
+        >>> from pyg_attnpool.export import export_onnx
+        >>> difference = export_onnx(model.decode, model.latent_mean[None], "decoder.onnx")
     """
     model = _evaluating(model, example)
     if example.dtype == torch.bfloat16:

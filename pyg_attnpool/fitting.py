@@ -49,7 +49,14 @@ TANGENTIAL = 0.1  # weight of a distance along the surface, relative to one acro
 
 class Fit(NamedTuple):
     r"""The mesh of a model that fits observations. Of a batch, every entry begins with
-    :obj:`B`."""
+    :obj:`B`.
+
+    Example:
+        >>> half = torch.arange(642) < 321  # the vertices that were seen
+        >>> fit = model.fit_to(meshes[0], weight=half)
+        >>> fit.mesh.shape, fit.converged
+        (torch.Size([642, 3]), tensor(True))
+    """
 
     mesh: Tensor
     r"""The mesh :obj:`[N, C]` in metres, where the observations are."""
@@ -208,6 +215,11 @@ def edit(
     Raises:
         TypeError: If something is no floating point tensor or array.
         ValueError: If a shape or a vertex does not fit, or a number is not finite.
+
+    Example:
+        >>> moved = meshes[0, 7] + torch.tensor([0.0, 0.0, 0.005])  # by 5 mm
+        >>> model.edit(meshes[0], {7: moved}).mesh.shape
+        torch.Size([642, 3])
     """
     _check_settings(noise, max_iterations)
     (code,), single = as_codes(model, x=x)

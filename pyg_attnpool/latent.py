@@ -42,6 +42,10 @@ def interpolate(model: MorphableModel, a: Any, b: Any, steps: int) -> Tensor:
         TypeError: If something is no floating point tensor or array.
         ValueError: If there are fewer than two steps, a shape does not fit, or a number is not
             finite.
+
+    Example:
+        >>> model.interpolate(meshes[0], meshes[1], steps=5).shape
+        torch.Size([5, 642, 3])
     """
     if not isinstance(steps, int) or steps < 2:
         raise ValueError(f"Expected 'steps' to be an integer of at least 2 (got {steps!r})")
@@ -73,6 +77,10 @@ def extrapolate(
     Raises:
         TypeError: If something is no floating point tensor or array.
         ValueError: If there is no factor, a shape does not fit, or a number is not finite.
+
+    Example:
+        >>> model.extrapolate(meshes[0], meshes[1], alphas=[-0.5, 1.5]).shape
+        torch.Size([2, 642, 3])
     """
     (zn, zx), single = as_codes(model, neutral=neutral, x=x)
     alpha = torch.as_tensor(alphas, device=zn.device, dtype=zn.dtype)
@@ -106,6 +114,10 @@ def transfer(
     Raises:
         TypeError: If something is no floating point tensor or array.
         ValueError: If a shape does not fit, or a number is not finite.
+
+    Example:
+        >>> model.transfer(meshes[0], meshes[1], meshes[2]).shape
+        torch.Size([642, 3])
     """
     codes, single = as_codes(
         model, source_neutral=source_neutral, source=source, target_neutral=target_neutral
@@ -129,6 +141,10 @@ def sample(model: MorphableModel, n: int, generator: torch.Generator | None = No
 
     Raises:
         ValueError: If :obj:`n` is not positive.
+
+    Example:
+        >>> model.sample(4, generator=torch.Generator().manual_seed(0)).shape
+        torch.Size([4, 642, 3])
     """
     if not isinstance(n, int) or n < 1:
         raise ValueError(f"Expected 'n' to be a positive integer (got {n!r})")
@@ -144,7 +160,14 @@ def sample(model: MorphableModel, n: int, generator: torch.Generator | None = No
 def latent_axes(model: MorphableModel) -> Tensor:
     r"""The principal axes of the latent codes of the training meshes, each times the standard
     deviation along it, as columns :obj:`[latent_channels, latent_channels]` from large to small:
-    :math:`\mathbf{A} \mathbf{A}^{\top}` is their covariance. An axis without variance is zero."""
+    :math:`\mathbf{A} \mathbf{A}^{\top}` is their covariance. An axis without variance is zero.
+
+    Example:
+        >>> from pyg_attnpool.latent import latent_axes
+        >>> axes = latent_axes(model)
+        >>> torch.allclose(axes @ axes.t(), model.latent_cov, atol=1e-5)
+        True
+    """
     variance, axes = torch.linalg.eigh(model.latent_cov.double())
     variance = variance.masked_fill(variance <= 1e-10 * variance.max(), 0)
     return (axes * variance.sqrt()).flip(1).to(model.latent_cov.dtype)
@@ -159,6 +182,12 @@ def as_codes(model: MorphableModel, **inputs: Any) -> tuple[list[Tensor], bool]:
     Raises:
         TypeError: If one is no floating point tensor or array.
         ValueError: If a shape does not fit, or a number is not finite.
+
+    Example:
+        >>> from pyg_attnpool.latent import as_codes
+        >>> (a, b), single = as_codes(model, a=meshes[0], b=model.latent_mean)
+        >>> a.shape, b.shape, single
+        (torch.Size([1, 3]), torch.Size([1, 3]), True)
     """
     codes = {}
     single = True

@@ -55,6 +55,11 @@ def reconstruction_error(
 
     Raises:
         TypeError: If the model has no unit.
+
+    Example:
+        >>> from pyg_attnpool.metrics import reconstruction_error
+        >>> sorted(reconstruction_error(model, meshes))[:3]
+        ['alive', 'mean', 'median']
     """
     meshes = _prepared(model, "test meshes", meshes)
     distances, codes, further = [], [], []
@@ -128,6 +133,11 @@ def generalisation(model: MorphableModel, meshes: Any, batch_size: int = 64) -> 
 
     Returns:
         The error in millimetres.
+
+    Example:
+        >>> from pyg_attnpool.metrics import generalisation
+        >>> generalisation(model, meshes) < 1e-2  # mm
+        True
     """
     return reconstruction_error(model, meshes, batch_size)["mean"]
 
@@ -167,6 +177,11 @@ def compactness(model: MorphableModel, meshes: Any, batch_size: int = 64) -> Ten
     Returns:
         Cumulative variance :obj:`[min(M, 3 N)]` in square millimetres, a vertex on average. The
         last entry is the variance of all.
+
+    Example:
+        >>> from pyg_attnpool.metrics import compactness
+        >>> compactness(model, meshes).shape
+        torch.Size([24])
     """
     meshes = _prepared(model, "training meshes", meshes)
     with evaluating(model):
@@ -271,6 +286,12 @@ def generation(
         :obj:`diversity of test meshes` in millimetres, :obj:`compactness`, the share of the
         variance along the first principal direction, :obj:`coverage` and
         :obj:`nearest neighbor accuracy`.
+
+    Example:
+        >>> from pyg_attnpool.metrics import generation
+        >>> found = generation(model, meshes[:16], meshes[16:], n=8)
+        >>> found["compactness"] <= 1
+        True
     """
     train, test = _prepared(model, "training meshes", train), _prepared(model, "test meshes", test)
     n = min(n, len(test))

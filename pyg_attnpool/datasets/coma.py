@@ -55,6 +55,11 @@ class CoMA(MeshDataset):
         FileNotFoundError: If there are no meshes; the message says where to ask for them.
         ValueError: If a subject lacks an expression, a file cannot be read, a mesh has another
             topology than the first, a coordinate is not finite, or the disk is full.
+
+    Example:
+        >>> from pyg_attnpool.datasets import CoMA
+        >>> dataset = CoMA("data/CoMA")  # doctest: +SKIP
+        >>> split = dataset.split("interpolation")  # doctest: +SKIP
     """
 
     def __init__(self, root: str | Path, transform: Callable | None = None):

@@ -52,6 +52,10 @@ class DynamicFAUST(MeshDataset):
         FileNotFoundError: If a file is missing; the message says where to ask for it.
         ValueError: If a file is damaged, a sequence has another topology than the first, a
             coordinate is not finite, or the disk is full.
+
+    Example:
+        >>> from pyg_attnpool.datasets import DynamicFAUST
+        >>> dataset = DynamicFAUST("data/DynamicFAUST")  # doctest: +SKIP
     """
 
     default_split = "sequence"

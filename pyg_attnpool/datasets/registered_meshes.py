@@ -63,6 +63,15 @@ class RegisteredMeshes(MeshDataset):
         ValueError: If there are no meshes, a file cannot be read, a mesh has another number of
             vertices or other faces than the template, a coordinate is not finite, or the disk is
             full. The message names the file.
+
+    Example:
+        >>> from pyg_attnpool.datasets import RegisteredMeshes
+        >>> from pyg_attnpool.mesh import write_mesh
+        >>> for i, mesh in enumerate(meshes):
+        ...     write_mesh(f"scans/{i}.ply", 1000 * mesh.numpy(), template[1])
+        >>> scans = RegisteredMeshes("scans", unit="mm")
+        >>> scans.vertices.shape, torch.allclose(scans.vertices, meshes)
+        (torch.Size([24, 642, 3]), True)
     """
 
     sorts_naturally = True

@@ -14,7 +14,14 @@ Labels = Mapping[str, "list | None"]
 
 
 class Split(NamedTuple):
-    r"""Indices of the meshes of each part, each sorted."""
+    r"""Indices of the meshes of each part, each sorted.
+
+    Example:
+        >>> from pyg_attnpool.datasets import Split
+        >>> split = Split(*torch.arange(24).split([16, 4, 4]))
+        >>> meshes[split.test].shape
+        torch.Size([4, 642, 3])
+    """
 
     train: Tensor
     val: Tensor

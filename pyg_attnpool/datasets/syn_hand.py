@@ -28,6 +28,10 @@ class SynHand(RegisteredMeshes):
     Raises:
         FileNotFoundError: If there is no such folder or file; the message says whom to ask.
         ValueError: As in :class:`RegisteredMeshes`.
+
+    Example:
+        >>> from pyg_attnpool.datasets import SynHand
+        >>> dataset = SynHand("data/SynHand")  # doctest: +SKIP
     """
 
     default_split = "independent"

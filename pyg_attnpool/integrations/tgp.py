@@ -242,6 +242,13 @@ class MappingPooling(BasePrecoarseningMixin, SRCPooling):
 
     Raises:
         ValueError: If :obj:`unpool` does not lead back.
+
+    Example:
+        >>> from pyg_attnpool.integrations.tgp import MappingPooling
+        >>> pooling = MappingPooling(AttentionPool.from_hierarchy(hierarchy, 0))
+        >>> out = pooling(x=torch.randn(642, 3), adj=hierarchy.edge_index(0))
+        >>> out.x.shape
+        torch.Size([161, 3])
     """
 
     def __init__(

@@ -40,6 +40,11 @@ class MeshHierarchy:
 
     Raises:
         ValueError: If levels are not valid meshes or mappings do not fit them.
+
+    Example:
+        >>> hierarchy = MeshHierarchy.from_template(template, factors=[4, 4])
+        >>> hierarchy.num_vertices, hierarchy.down[0], hierarchy.up[0]
+        ([642, 161, 41], Mapping(642, 161, k=1), Mapping(161, 642, k=3))
     """
 
     def __init__(

@@ -48,6 +48,13 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
         ValueError: If the format is unknown, or the file is damaged, cut off or without faces, or
             has a coordinate that is not finite, a polygon of fewer than three corners or of
             vertices that it does not have; the message names the file and the place.
+
+    Example:
+        >>> from pyg_attnpool.mesh import read_mesh, write_mesh
+        >>> write_mesh("template.obj", *template)
+        >>> vertices, faces = read_mesh("template.obj")
+        >>> vertices.shape, faces.shape
+        ((642, 3), (1280, 3))
     """
     path = _mesh_file(path)
     with _named(path):
@@ -68,6 +75,13 @@ def read_features(path: str | Path) -> dict[str, ndarray]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is no PLY file, or damaged.
+
+    Example:
+        >>> from pyg_attnpool.mesh import read_features, write_mesh
+        >>> colors = np.full((642, 3), 0.5)
+        >>> write_mesh("colored.ply", *template, features={"color": colors})
+        >>> read_features("colored.ply")["color"].shape
+        (642, 3)
     """
     path = _mesh_file(path)
     if path.suffix.lower() != ".ply":
@@ -108,6 +122,10 @@ def write_mesh(
         OSError: If the file could not be written whole.
         ValueError: If the format is unknown or has no place for features, or the mesh is not valid
             by :meth:`check_mesh`.
+
+    Example:
+        >>> from pyg_attnpool.mesh import write_mesh
+        >>> write_mesh("template.ply", *template)
     """
     path = Path(path)
     _check_suffix(path)
@@ -142,6 +160,12 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
             degenerate or out of range, an edge has more than two faces or two of opposite
             orientation, a vertex joins two fans of faces, or is part of none; the message names
             the first.
+
+    Example:
+        >>> from pyg_attnpool.mesh import check_mesh
+        >>> vertices, faces = check_mesh(*template)
+        >>> vertices.dtype, faces.dtype
+        (dtype('float64'), dtype('int64'))
     """
     vertices, faces = check_arrays(vertices, faces)
     broken = np.flatnonzero(~np.isfinite(vertices).all(axis=1))

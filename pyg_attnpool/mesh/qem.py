@@ -78,6 +78,11 @@ def decimate(
     Raises:
         ValueError: If the mesh is not valid, the counts do not descend, or there is no manifold of
             so few vertices (:class:`FewestVertices`).
+
+    Example:
+        >>> from pyg_attnpool.mesh import decimate
+        >>> [len(vertices) for vertices, faces in decimate(*template, [161, 41])]
+        [161, 41]
     """
     vertices, faces = check_mesh(vertices, faces)
     counts = [len(vertices), *num_vertices]

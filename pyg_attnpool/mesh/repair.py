@@ -24,6 +24,12 @@ class RepairedMesh:
         index (numpy.ndarray): The vertex of the mesh before that each vertex is :obj:`[N']`.
         num_source (int): The number of vertices before, :obj:`N`.
         changes (dict): What was done, and to how many faces or vertices.
+
+    Example:
+        >>> from pyg_attnpool.mesh import repair
+        >>> mesh = repair(np.eye(4, 3), np.array([[0, 1, 2]]))  # vertex 3 has no face
+        >>> mesh.apply(np.zeros((100, 4, 3))).shape
+        (100, 3, 3)
     """
 
     vertices: ndarray

@@ -60,6 +60,12 @@ class AutoencoderConfig:
         up_kwargs (dict, optional): Arguments of the unpooling, likewise. (default: :obj:`{}`)
         variant (str, optional): :obj:`"published"` starts attention with the settings of the
             paper, :obj:`"default"` with those that win. (default: :obj:`"default"`)
+
+    Example:
+        >>> from pyg_attnpool.models import AutoencoderConfig, MeshAutoencoder
+        >>> config = AutoencoderConfig(conv="spiral", down="attention", channels=(8, 8))
+        >>> MeshAutoencoder(hierarchy, config).config.latent_channels
+        8
     """
 
     conv: Query = "cheb"
@@ -126,6 +132,12 @@ class MeshAutoencoder(IndexedModule):
 
     Raises:
         ValueError: If the channels do not fit the levels, or a name is unknown.
+
+    Example:
+        >>> from pyg_attnpool.models import MeshAutoencoder
+        >>> network = MeshAutoencoder(hierarchy, conv="GATv2Conv", channels=(8, 8))
+        >>> network.encode(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

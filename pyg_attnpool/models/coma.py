@@ -45,6 +45,12 @@ def coma(
             dimension can die in, and the attention that wins. (default: :obj:`"default"`)
         **kwargs (optional): Additional arguments of
             :class:`~pyg_attnpool.models.autoencoder.AutoencoderConfig`.
+
+    Example:
+        >>> from pyg_attnpool.models import coma
+        >>> network = coma(hierarchy, "attention", channels=(16, 16))  # of each level
+        >>> network(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 642, 3])
     """
     model = MeshAutoencoder(
         hierarchy,

@@ -33,6 +33,11 @@ class ModalConfig:
         in_channels (int, optional): The features of a vertex, of which the first three are its
             coordinates. (default: :obj:`3`)
         pool_kwargs (dict, optional): Arguments of the aggregation. (default: :obj:`{}`)
+
+    Example:
+        >>> from pyg_attnpool.models import ModalAutoencoder, ModalConfig
+        >>> ModalAutoencoder(hierarchy, ModalConfig(latent_channels=4, modes=16))
+        ModalAutoencoder(num_vertices=642, latent_channels=4, modes=16, level=1)
     """
 
     pool: Query = "attention"
@@ -96,6 +101,13 @@ class ModalAutoencoder(Module):
 
     Raises:
         ValueError: If an argument is out of range, or there is no such level.
+
+    Example:
+        >>> from pyg_attnpool.models import ModalAutoencoder
+        >>> network = ModalAutoencoder(hierarchy, latent_channels=4, modes=16)
+        >>> network.fit_modes(lambda: [meshes - meshes.mean(dim=0)])
+        >>> network.encode(meshes - meshes.mean(dim=0)).shape
+        torch.Size([24, 4])
     """
 
     standardized = "uniform"  # one scale for all vertices, see `MorphableModel.fit`

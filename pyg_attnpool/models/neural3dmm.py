@@ -44,6 +44,12 @@ def neural3dmm(
             paper, :obj:`"default"` with those that win. (default: :obj:`"default"`)
         **kwargs (optional): Additional arguments of
             :class:`~pyg_attnpool.models.autoencoder.AutoencoderConfig`.
+
+    Example:
+        >>> from pyg_attnpool.models import neural3dmm
+        >>> network = neural3dmm(hierarchy, "attention", channels=(16, 16))  # of each level
+        >>> network(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 642, 3])
     """
     return MeshAutoencoder(
         hierarchy,

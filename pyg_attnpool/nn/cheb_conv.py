@@ -47,6 +47,11 @@ class StaticChebConv(VertexLayer):
     Raises:
         ValueError: If :obj:`K` is not positive or :obj:`edge_index` is of the wrong shape, out of
             range or not symmetric.
+
+    Example:
+        >>> conv = StaticChebConv(3, 16, K=6, edge_index=hierarchy.edge_index(0), num_nodes=642)
+        >>> conv(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 642, 16])
     """
 
     rowptr: Tensor

@@ -28,6 +28,11 @@ class FullPool(PoolingLayer):
         - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
           :math:`(B \cdot N, F)`
         - **output:** the same with :math:`M` for :math:`N`
+
+    Example:
+        >>> from pyg_attnpool.nn import FullPool
+        >>> FullPool(642, 161)(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 161, 3])
     """
 
     def __init__(self, num_source: int, num_target: int):
@@ -69,6 +74,12 @@ class WeightedPool(PatternPool):
         - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
           :math:`(B \cdot N, F)` of :math:`N` source vertices
         - **output:** the same with :math:`M` target vertices
+
+    Example:
+        >>> from pyg_attnpool.nn import WeightedPool
+        >>> pool = WeightedPool(hierarchy.down[0])
+        >>> pool.mapping().nnz == hierarchy.down[0].nnz
+        True
     """
 
     initial_weight: Tensor
@@ -116,6 +127,12 @@ class DiffPool(VertexLayer):
         - **input:** features :math:`(N, F)`, :math:`(B, N, F)` or a mini-batch
           :math:`(B \cdot N, F)`
         - **output:** the same with :math:`M` for :math:`N`
+
+    Example:
+        >>> from pyg_attnpool.nn import DiffPool
+        >>> pool = DiffPool(3, 161, hierarchy.edge_index(0), num_source=642)
+        >>> pool(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 161, 3])
     """
 
     def __init__(

@@ -82,6 +82,11 @@ def pooling_resolver(
 
     Raises:
         ValueError: If the query is unknown, or takes no arguments and gets some.
+
+    Example:
+        >>> from pyg_attnpool.nn import pooling_resolver
+        >>> pooling_resolver("attention", hierarchy, level=0, direction="up", in_channels=16)
+        AttentionUnpool(161, 642, channels=21, k=32)
     """
     if direction not in ("down", "up"):
         raise ValueError(f"Expected 'direction' to be 'down' or 'up' (got {direction!r})")
@@ -221,6 +226,12 @@ def convolution_resolver(
 
     Raises:
         ValueError: If the query is unknown.
+
+    Example:
+        >>> from pyg_attnpool.nn import convolution_resolver
+        >>> conv = convolution_resolver("GCNConv", hierarchy, 0, in_channels=3, out_channels=16)
+        >>> conv(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 642, 16])
     """
     num_nodes = hierarchy.num_vertices[level]
     edge_index = hierarchy.edge_index(level)

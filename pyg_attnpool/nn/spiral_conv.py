@@ -34,6 +34,11 @@ class SpiralConv(VertexLayer):
     Raises:
         TypeError: If :obj:`spirals` is not integral.
         ValueError: If :obj:`spirals` is of the wrong shape or out of range.
+
+    Example:
+        >>> conv = SpiralConv(3, 16, hierarchy.spirals(0, length=9))
+        >>> conv(torch.randn(2, 642, 3)).shape
+        torch.Size([2, 642, 16])
     """
 
     spirals: Tensor

@@ -47,6 +47,11 @@ def jitter(std: float = 0.001) -> Callable[[Tensor], Tensor]:
 
     Args:
         std (float, optional): The standard deviation. (default: :obj:`0.001`)
+
+    Example:
+        >>> from pyg_attnpool.training import jitter
+        >>> jitter(std=0.001)(meshes).shape  # a millimetre on every coordinate
+        torch.Size([24, 642, 3])
     """
     _check("std", std)
     return partial(_shake, std=std)

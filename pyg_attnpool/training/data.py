@@ -94,6 +94,11 @@ class MeshData(pl.LightningDataModule):
         val (torch.Tensor or MeshDataset): Validation meshes :obj:`[V, N, 3]` in metres.
         batch_size (int, optional): Meshes per step, of each process. (default: :obj:`16`)
         seed (int, optional): Seed of the order of the meshes. (default: :obj:`0`)
+
+    Example:
+        >>> from pyg_attnpool.training import MeshData
+        >>> data = MeshData(meshes[:16], meshes[16:], batch_size=8)
+        >>> trainer.fit(module, data)  # doctest: +SKIP
     """
 
     def __init__(

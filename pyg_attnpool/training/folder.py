@@ -81,6 +81,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is none.
         ValueError: If it is damaged, also by a single bit, or something else.
+
+    Example:
+        >>> from pyg_attnpool.training import load_checkpoint
+        >>> load_checkpoint("runs/mine/best.ckpt")["epoch"]  # doctest: +SKIP
+        211
     """
     content = Path(path).read_bytes()
     if hashlib.sha256(content[:-CHECKSUM]).hexdigest().encode() != content[-CHECKSUM:]:

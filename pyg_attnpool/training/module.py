@@ -56,6 +56,13 @@ class MeshTraining(pl.LightningModule):
             on a GPU into CUDA graphs. If :obj:`None`, it does on a GPU: there a step is bound by
             the launches of its kernels, while on a CPU the layers' own operations are the faster
             ones. (default: :obj:`None`)
+
+    Example:
+        >>> from pytorch_lightning import Trainer
+        >>> from pyg_attnpool.training import MeshData, MeshTraining
+        >>> module = MeshTraining(MorphableModel.coma(hierarchy, channels=(8, 8)))
+        >>> trainer = Trainer(max_epochs=300)
+        >>> trainer.fit(module, MeshData(meshes[:16], meshes[16:]))  # doctest: +SKIP
     """
 
     def __init__(

@@ -14,7 +14,12 @@ import torch
 def keep_freed_memory() -> None:
     r"""Lets the C library keep what a training step frees, on Linux: the next step needs it again,
     and the system would clear every page of it first. What is free now is given back, lest one
-    training after another adds the gaps that it left."""
+    training after another adds the gaps that it left. :func:`~pyg_attnpool.training.fit` calls it.
+
+    Example:
+        >>> from pyg_attnpool.training import keep_freed_memory
+        >>> keep_freed_memory()  # before a training loop of your own
+    """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if libc is not None and hasattr(libc, "mallopt"):  # that of GNU
         gc.collect()

@@ -122,6 +122,11 @@ def view_box(
         azimuth (float, optional): As in :func:`render`. (default: :obj:`20.0`)
         elevation (float, optional): As in :func:`render`. (default: :obj:`0.0`)
         aspect (float, optional): The width of the picture over its height. (default: :obj:`1.0`)
+
+    Example:
+        >>> from pyg_attnpool.visualize import render, view_box
+        >>> box = view_box(meshes)  # one frame for all of them
+        >>> images = [render(x, template[1], box=box) for x in meshes[:2]]
     """
     turn = _turn(azimuth, elevation)
     seen = np.concatenate([_numpy(vertices).astype(np.float64) @ turn.T for vertices in meshes])
@@ -138,6 +143,10 @@ def write_picture(path: str | Path, image: ndarray, background: str | None = "wh
         image (numpy.ndarray): The picture :obj:`[height, width, 4]`.
         background (str, optional): The colour behind it; :obj:`None` leaves it transparent.
             (default: :obj:`"white"`)
+
+    Example:
+        >>> from pyg_attnpool.visualize import render, write_picture
+        >>> write_picture("mesh.png", render(meshes[0], template[1], size=(80, 60)))
     """
     with replacing(path) as temporary:
         _pillow(image, background).save(temporary)
@@ -161,6 +170,11 @@ def write_animation(
     Raises:
         ImportError: If :obj:`imageio-ffmpeg` is missing for an MP4.
         ValueError: If there are no pictures or the ending is another one.
+
+    Example:
+        >>> from pyg_attnpool.visualize import draw_meshes, write_animation
+        >>> path = model.interpolate(meshes[0], meshes[1], steps=5)
+        >>> write_animation("path.gif", draw_meshes(path, template[1], size=(80, 60)))
     """
     suffix = Path(path).suffix.lower()
     if suffix not in (".gif", ".mp4"):
@@ -193,6 +207,11 @@ def turntable(
         faces (torch.Tensor or numpy.ndarray): As in :func:`render`.
         num_frames (int, optional): The number of pictures. (default: :obj:`72`)
         **kwargs (optional): Arguments of :func:`render`; :obj:`azimuth` is where it starts.
+
+    Example:
+        >>> from pyg_attnpool.visualize import turntable, write_animation
+        >>> frames = turntable(meshes[0], template[1], num_frames=8, size=(80, 60))
+        >>> write_animation("turn.gif", frames)
     """
     start = kwargs.pop("azimuth", 20.0)
     width, height = kwargs.get("size", (480, 480))
@@ -219,6 +238,11 @@ def draw_meshes(
         meshes (torch.Tensor, numpy.ndarray or list): Meshes :obj:`[M, N, 3]`.
         faces (torch.Tensor or numpy.ndarray): As in :func:`render`.
         **kwargs (optional): Arguments of :func:`render`.
+
+    Example:
+        >>> from pyg_attnpool.visualize import draw_meshes
+        >>> [image.shape for image in draw_meshes(meshes[:2], template[1], size=(80, 60))]
+        [(60, 80, 4), (60, 80, 4)]
     """
     view = {k: kwargs[k] for k in ("azimuth", "elevation") if k in kwargs}
     width, height = kwargs.get("size", (480, 480))
@@ -245,6 +269,13 @@ def plot_mesh(
         norm (matplotlib.colors.Normalize, optional): The scale of the values.
             (default: :obj:`None`)
         azimuth (float, optional): As in :func:`render`. (default: :obj:`20.0`)
+
+    Example:
+        >>> import matplotlib.pyplot as plt
+        >>> from pyg_attnpool.visualize import plot_mesh
+        >>> figure, ax = plt.subplots()
+        >>> plot_mesh(ax, meshes[0], template[1])
+        >>> plt.close(figure)
     """
     matplotlib = _matplotlib()
     points = _numpy(vertices).astype(np.float64)
@@ -284,6 +315,10 @@ def plot_reconstructions(
         meshes (torch.Tensor): The true meshes :obj:`[M, N, 3]` in metres.
         reconstructions (dict): For every model's name its reconstructions :obj:`[M, N, 3]`.
         azimuth (float, optional): As in :meth:`plot_mesh`. (default: :obj:`20.0`)
+
+    Example:
+        >>> from pyg_attnpool.visualize import plot_reconstructions
+        >>> plot_reconstructions("errors.png", template[1], meshes[:2], {"PCA": model(meshes[:2])})
     """
     matplotlib = _matplotlib()
     errors = {name: vertex_distances(x, meshes) for name, x in reconstructions.items()}

@@ -65,6 +65,10 @@ def write_viewer(
     Raises:
         ValueError: If the decoder holds a layer that the page cannot run, or the meshes do not fit.
         RuntimeError: If the page would compute something that differs by more than 1e-4.
+
+    Example:
+        >>> from pyg_attnpool.visualize import write_viewer
+        >>> difference = write_viewer(model, "page.html", meshes[:2], title="Blobs")
     """
     content = _describe(model, meshes, names, Path(path).stem if title is None else title)
     codes = _extremes(model)
@@ -96,6 +100,11 @@ def read_viewer(page: str) -> dict[str, Any]:
 
     Raises:
         ValueError: If the text is no such page.
+
+    Example:
+        >>> from pyg_attnpool.visualize import read_viewer, write_viewer
+        >>> difference = write_viewer(model, "page.html", meshes[:2])
+        >>> sorted(read_viewer(open("page.html").read()))[:3]  # doctest: +SKIP
     """
     blocks = re.findall(r'<script type="[^"]*" id="(model|arrays)">(.*?)</script>', page, re.S)
     found = dict(blocks)

@@ -136,6 +136,27 @@ def test_hooks_fire_for_every_layer_that_ran(hierarchy):
     assert {"to_latent", "from_latent", ""} <= fired
 
 
+def test_summaries_know_every_layer(hierarchy):
+    pytest.importorskip("tabulate", reason="needs tabulate, which PyG's summary prints with")
+    torchinfo = pytest.importorskip("torchinfo")
+    from torch_geometric.nn import summary
+
+    model = MeshAutoencoder(hierarchy, conv="cheb", down="attention", **SMALL)
+    x = torch.randn(2, hierarchy.num_vertices[0], 3)
+    layers = [*model.down_convs, *model.pools, *model.unpools, *model.up_convs, model.out_conv]
+    shapes = {}
+    for layer in layers:
+        layer.register_forward_hook(lambda m, i, o: shapes.update({m: list(o.shape)}))
+    table = summary(model, x, max_depth=2).splitlines()
+    lines = [line for line in table if "Conv" in line or "Attention" in line]
+    listed = sorted(line.split("|")[3].strip() for line in lines)
+    assert listed == sorted(str(shape) for shape in shapes.values()) and len(listed) == 9
+    found = torchinfo.summary(model, input_data=x, verbose=0)
+    assert found.total_params == sum(p.numel() for p in model.parameters())
+    ran = {info.module for info in found.summary_list}
+    assert ran.issuperset(layers)
+
+
 def test_levels_are_those_of_the_hierarchy(hierarchy):
     n = hierarchy.num_vertices
     for level in (0, 1):

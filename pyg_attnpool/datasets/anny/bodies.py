@@ -69,6 +69,12 @@ class AnnyBodies(AnnySequences):
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
         ValueError: If :obj:`frames` is not positive or :obj:`seed` negative.
+
+    Example:
+        >>> from pyg_attnpool.datasets import AnnyBodies
+        >>> dataset = AnnyBodies("data/AnnyBodies")  # doctest: +SKIP
+        >>> dataset.vertices.shape  # doctest: +SKIP
+        torch.Size([2800, 6890, 3])
     """
 
     kind = "bodies"

@@ -121,6 +121,12 @@ class AnnyFaces(AnnySequences):
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
         ValueError: If :obj:`frames` is not positive or :obj:`seed` negative.
+
+    Example:
+        >>> from pyg_attnpool.datasets import AnnyFaces
+        >>> dataset = AnnyFaces("data/AnnyFaces")  # doctest: +SKIP
+        >>> dataset.vertices.shape  # doctest: +SKIP
+        torch.Size([2880, 4538, 3])
     """
 
     kind = "faces"

@@ -80,6 +80,12 @@ class AnnyHands(AnnyMeshes):
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
         ValueError: If :obj:`meshes` is not positive or :obj:`seed` negative.
+
+    Example:
+        >>> from pyg_attnpool.datasets import AnnyHands
+        >>> dataset = AnnyHands("data/AnnyHands")  # doctest: +SKIP
+        >>> dataset.vertices.shape  # doctest: +SKIP
+        torch.Size([3000, 1609, 3])
     """
 
     kind = "hands"
