@@ -2,8 +2,13 @@ r"""A U-Net on the mesh with PyG's GCNConv: a tenth of a face's vertices is seen
 noise on every coordinate, and every vertex gets its position. Features are pooled over two levels
 and unpooled again, and each level's features skip the levels below it.
 
-The layers start with the paper's settings: their default starts by sharpening, which a network of
-noisy input would have to unlearn first.
+The layers start from w_a = 0.2, as the paper's: their default starts by sharpening, which a network
+of noisy input would have to unlearn first.
+
+Reproduced on AnnyFaces (2,271 training meshes of 4,538 vertices), one epoch of 142 steps, seed 0,
+one thread, error of the test meshes:
+
+    mean face 5.095 mm    mean of the 32 nearest 2.427 mm    trained 2.255 mm
 """
 
 from pathlib import Path

@@ -109,7 +109,7 @@ def damage_named(path: str | Path, content: str) -> Iterator[None]:
 
     Args:
         path (str or Path): The file that is read.
-        content (str): What it should hold, as in :obj:`"a whole archive"`.
+        content (str): The content that it should have, as in :obj:`"a whole archive"`.
 
     Raises:
         ValueError: For every error but :class:`FileNotFoundError`, :class:`ImportError` and

@@ -124,7 +124,7 @@ def fit_to(
             :obj:`[P]` and positions :obj:`[P, 3]` or :obj:`[B, P, 3]`. In the place of vertices, a
             :class:`~pyg_attnpool.Mapping` from vertices to points takes points on faces.
             (default: :obj:`None`)
-        motion (str, optional): What the model may do beside changing its shape: :obj:`"none"`,
+        motion (str, optional): The motion that the model may make: :obj:`"none"`,
             :obj:`"rigid"` or :obj:`"similarity"`, which scales as well. If :obj:`None`, a point
             cloud or scan is rigid, and all else is none. (default: :obj:`None`)
         noise (float, optional): The standard deviation :math:`\sigma` of observations about the

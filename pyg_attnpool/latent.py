@@ -133,7 +133,7 @@ def sample(model: MorphableModel, n: int, generator: torch.Generator | None = No
     Args:
         model (MorphableModel): The model.
         n (int): The number of meshes.
-        generator (torch.Generator, optional): What chance comes from; the same seed gives the same
+        generator (torch.Generator, optional): The source of chance; the same seed gives the same
             codes on every device. If :obj:`None`, torch's own. (default: :obj:`None`)
 
     Returns:
@@ -176,7 +176,7 @@ def latent_axes(model: MorphableModel) -> Tensor:
 def as_codes(model: MorphableModel, **inputs: Any) -> tuple[list[Tensor], bool]:
     r"""Meshes :obj:`[N, C]` or :obj:`[B, N, C]` and codes :obj:`[latent_channels]` or
     :obj:`[B, latent_channels]`, by name, as codes :obj:`[B, latent_channels]` of one batch, and
-    whether none of them was a batch. Whatever has the template's shape :obj:`[N, C]` is a mesh,
+    whether none of them was a batch. An input of the template's shape :obj:`[N, C]` is a mesh,
     also where a code is as long as a vertex.
 
     Raises:

@@ -29,7 +29,7 @@ MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 
 class Source(Protocol):
-    r"""What meshes are made by or read from, block after block."""
+    r"""A source of meshes, block after block."""
 
     @property
     def template(self) -> tuple[ndarray, ndarray]:
@@ -41,7 +41,7 @@ class Source(Protocol):
 
     @property
     def labels(self) -> Mapping[str, Sequence[Any]]:
-        r"""What else to store, by names other than those of the settings."""
+        r"""Further arrays to store, by names other than those of the settings."""
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         r"""The blocks of meshes :obj:`[m, N, 3]` from number :obj:`start` on."""
@@ -61,9 +61,9 @@ def stored(
     Args:
         path (Path): A :obj:`.npz` file. Its vertices are in a :obj:`.npy` file of the same name if
             :obj:`mapped`.
-        settings (dict): What decides the content.
+        settings (dict): The settings that decide the content.
         open_source (callable): Returns the :class:`Source`.
-        description (str): What the progress bar says.
+        description (str): The text of the progress bar.
         mapped (bool, optional): If set to :obj:`False`, the vertices are in the :obj:`.npz` file,
             and in memory. (default: :obj:`True`)
 
@@ -116,11 +116,11 @@ def stored(
 def load(
     path: Path, settings: Mapping[str, int | str], labels: Sequence[str] = ()
 ) -> dict[str, ndarray] | None:
-    r"""What :meth:`stored` has stored, or :obj:`None` if nothing.
+    r"""The arrays that :meth:`stored` has stored, or :obj:`None` if there are none.
 
     Args:
         path (Path): As of :meth:`stored`.
-        settings (dict): Those that must be the same.
+        settings (dict): The settings that must be the same.
         labels (list, optional): The labels that must be there. (default: :obj:`()`)
 
     Raises:

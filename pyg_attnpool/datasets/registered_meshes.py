@@ -26,9 +26,9 @@ class RegisteredMeshes(MeshDataset):
     r"""Your own registered meshes: a folder of mesh files of one topology, or an array of vertices
     beside a template.
 
-    Of a folder, all :obj:`.obj`, :obj:`.ply`, :obj:`.off` and :obj:`.stl` files are read, also in
-    folders within, but for hidden and temporary ones, folder by folder in the order of their names,
-    numbers by their size. Where every file lies two folders deep, as COMA's do
+    All :obj:`.obj`, :obj:`.ply`, :obj:`.off` and :obj:`.stl` files of a folder and of the folders
+    within are read, but for hidden and temporary ones: folder by folder in the order of their
+    names, numbers by their size. Where every file lies two folders deep, as COMA's do
     (:obj:`subject/expression/mesh.ply`), these folders name subject and expression, and the place
     of a file among those of its folder is the frame.
 
@@ -48,7 +48,7 @@ class RegisteredMeshes(MeshDataset):
         cache (str or Path, optional): A folder to store the meshes in, as :obj:`{name}-{hash}.npz`
             and :obj:`.npy`; files are then read once, and again when their place, names or content
             change, or what is stored is damaged. (default: :obj:`None`)
-        features (list, optional): What PLY files say of their vertices beyond coordinates, as
+        features (list, optional): The features of vertices in PLY files beyond coordinates, as
             further features in this order: :obj:`"color"`, :obj:`"normal"` or the name of a
             property (:meth:`~pyg_attnpool.mesh.read_features`). (default: :obj:`()`)
         align (bool, optional): If set to :obj:`True`, turns and moves every mesh onto the template

@@ -53,7 +53,7 @@ class MeshSource:
         return stored(path, settings, lambda: self, f"Reading {path.stem}")
 
     def content(self) -> str:
-        r"""What changes when the meshes do."""
+        r"""A text that changes when the meshes do."""
         raise NotImplementedError
 
     def blocks(self, start: int) -> Iterator[ndarray]:

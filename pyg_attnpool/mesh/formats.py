@@ -1,4 +1,4 @@
-r"""What OBJ, PLY, OFF and STL files hold: bytes to arrays and back, every byte accounted for.
+r"""OBJ, PLY, OFF and STL files: bytes to arrays and back, every byte accounted for.
 
 Every :obj:`read_*` returns vertices :obj:`[N, 3]` (float64), the corners of all polygons one after
 another, and how many corners each has. It raises a :class:`ValueError` that names the place for

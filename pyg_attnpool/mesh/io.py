@@ -31,7 +31,7 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
 
     A file is read whole or refused: every number, line and byte of it is accounted for. An STL
     file lists corners, not vertices: equal corners become one vertex, in the order of first
-    appearance. What the faces make up is for :meth:`check_mesh` to judge and for
+    appearance. The mesh that the faces make up is for :meth:`check_mesh` to judge and for
     :meth:`~pyg_attnpool.mesh.repair` to mend.
 
     Models compute in single precision, seven digits: coordinates far from the origin, as those of
@@ -190,7 +190,7 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
 
 
 def check_arrays(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
-    r"""What can be said of vertices and faces before what they make up: types, shapes and range."""
+    r"""Checks types, shapes and range of vertices and faces, before the mesh that they make up."""
     vertices, faces = np.asarray(vertices), np.asarray(faces)
     if not np.issubdtype(vertices.dtype, np.floating):
         raise TypeError(f"Expected floating point vertices (got {vertices.dtype})")

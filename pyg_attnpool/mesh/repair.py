@@ -1,4 +1,4 @@
-r"""What a mesh needs to be a template, without moving a vertex."""
+r"""Repairs that a mesh needs to be a template, without moving a vertex."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class RepairedMesh:
         faces (numpy.ndarray): Faces :obj:`[F', 3]` (int64).
         index (numpy.ndarray): The vertex of the mesh before that each vertex is :obj:`[N']`.
         num_source (int): The number of vertices before, :obj:`N`.
-        changes (dict): What was done, and to how many faces or vertices.
+        changes (dict): The repairs by name, and the number of faces or vertices of each.
 
     Example:
         >>> from pyg_attnpool.mesh import repair
@@ -82,7 +82,7 @@ def repair(vertices: ndarray, faces: ndarray, merge: float | None = 0.0) -> Repa
        fits both; the fans of faces that meet in nothing but a vertex get a copy of it each;
     5. vertices without a face go.
 
-    What was right stays as it is and in its order; copies of vertices come last. A second repair
+    Right parts stay as they are and in their order; copies of vertices come last. A second repair
     changes nothing.
 
     Args:

@@ -99,7 +99,7 @@ class MorphableModel(IndexedModule):
         self.hierarchy = hierarchy
         self.unit = unit
         self.summary: dict[str, Any] = {}
-        r"""What is known of the training, as JSON holds it."""
+        r"""The record of the training, as JSON holds it."""
         config = getattr(autoencoder, "config", None)
         own = getattr(autoencoder, "mean", None)
         in_channels = own.size(-1) if own is not None else getattr(config, "in_channels", 3)

@@ -1,4 +1,4 @@
-r"""What all layers share: the two layouts of features, indices that stay valid, and pooling layers
+r"""The base of all layers: the two layouts of features, indices that stay valid, and pooling layers
 that stand where a model holds a matrix."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Index(NamedTuple):
-    r"""What an index may hold: its shape, in which a letter stands for any size but zero, vertices
+    r"""The range of an index: its shape, in which a letter stands for any size but zero, vertices
     from :obj:`low` to :obj:`end - 1`, and whether it is part of the :obj:`state_dict`."""
 
     shape: tuple[int | str, ...]
@@ -446,7 +446,7 @@ def check_index(name: str, index: Any, shape: Sequence[int | str], end: int, low
     r"""Checks an index that comes from outside, such as a loaded state, before it is used.
 
     Args:
-        name (str): What the error calls it.
+        name (str): The name of the index in the error.
         index (torch.Tensor): The index; of one without values, as on the meta device, only the
             shape is looked at.
         shape (tuple): The shape that it must have; a letter stands for any size but zero.

@@ -9,7 +9,7 @@ from pyg_attnpool.nn.mapping_pool import MappingPool
 def freeze(model: Module) -> Module:
     r"""Replaces every pooling layer of a model that can be a fixed mapping
     (:class:`AttentionPool`, :class:`AttentionUnpool`, :class:`FullPool`, :class:`WeightedPool`), in
-    place, by the :class:`MappingPool` of its present mapping. What remains has the parameters of
+    place, by the :class:`MappingPool` of its present mapping. The model that remains has the parameters of
     the model's QEM twin and computes what the model computed.
 
     Args:

@@ -27,7 +27,7 @@ DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
 class Kind(NamedTuple):
-    r"""What a function takes for an argument: its type in C, that of the elements of an array
+    r"""The kind of an argument of a function: its type in C, that of the elements of an array
     (:obj:`None` for the type that the function computes in), and whether it may be left out."""
 
     ctype: Any

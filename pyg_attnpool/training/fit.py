@@ -80,7 +80,7 @@ def fit(
             scalar. If :obj:`None`, the network's own method :obj:`training_loss`, or else the L1
             loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, such as
-            :func:`~pyg_attnpool.training.rigid_motion`. What it draws from the global generators of
+            :func:`~pyg_attnpool.training.rigid_motion`. Its draws from the global generators of
             Python, NumPy or PyTorch depends on seed, epoch and process alone.
             (default: :obj:`None`)
         callbacks (list, optional): Callbacks of Lightning beside those of :func:`fit`.

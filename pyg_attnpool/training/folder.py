@@ -59,7 +59,7 @@ def save_checkpoint(
     It is an archive of :func:`torch.save` whose comment is the SHA-256 of all before it.
 
     Args:
-        checkpoint (dict): What :func:`torch.load` reads without unpickling.
+        checkpoint (dict): Values that :func:`torch.load` reads without unpickling.
         path (Path): The file.
         replaces (callable, optional): Called when all is written, right before the file takes its
             place. (default: :obj:`None`)
@@ -137,7 +137,7 @@ def load_last(folder: Path, check: Callable[[dict[str, Any]], None]) -> dict[str
 
 
 def architecture(module: Module) -> dict[str, Any]:
-    r"""What makes up a network beside its weights: its class, and its :obj:`config` where it has
+    r"""The description of a network beside its weights: its class, and its :obj:`config` where it has
     one, else the numbers, names and functions among the attributes of its layers."""
     config = getattr(module, "config", None)
     if is_dataclass(config):
@@ -226,7 +226,7 @@ def check_settings(
 
 def check_data(checkpoint: dict[str, Any], data: dict[str, Any]) -> None:
     r"""Raises a :class:`ValueError` if a checkpoint is of a run on other meshes, and says in which
-    value they differ. What two machines round differently is the same.
+    value they differ. Numbers that two machines round differently count as the same.
 
     Args:
         checkpoint (dict): The checkpoint.

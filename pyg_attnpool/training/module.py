@@ -48,7 +48,7 @@ class MeshTraining(pl.LightningModule):
             loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, in training
             alone. (default: :obj:`None`)
-        settings (dict, optional): What else makes up a run; stored in every checkpoint, and one of
+        settings (dict, optional): Further settings of a run; stored in every checkpoint, and one of
             other settings is refused. (default: :obj:`None`)
         seed (int, optional): Seed of random augmentation, with the epoch and the number of the
             process. (default: :obj:`0`)
