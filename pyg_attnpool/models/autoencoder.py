@@ -46,8 +46,8 @@ class AutoencoderConfig:
             coordinates. (default: :obj:`3`)
         activation (str, optional): The activation after every convolution but the last,
             :obj:`"relu"`, :obj:`"elu"` or :obj:`None`. (default: :obj:`"relu"`)
-        latent_activation (str, optional): The activation of the latent code. A ReLU can kill a latent
-            dimension for good. (default: :obj:`None`)
+        latent_activation (str, optional): The activation of the latent code. A ReLU can kill a
+            latent dimension for good. (default: :obj:`None`)
         expand_activation (str, optional): The activation of the layer from the latent code
             back to the coarsest level. (default: :obj:`"relu"`)
         out_bias (bool, optional): If set to :obj:`True`, the last convolution learns a bias.

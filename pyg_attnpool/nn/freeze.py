@@ -9,8 +9,8 @@ from pyg_attnpool.nn.mapping_pool import MappingPool
 def freeze(model: Module) -> Module:
     r"""Replaces every pooling layer of a model that can be a fixed mapping
     (:class:`AttentionPool`, :class:`AttentionUnpool`, :class:`FullPool`, :class:`WeightedPool`), in
-    place, by the :class:`MappingPool` of its present mapping. The model that remains has the parameters of
-    the model's QEM twin and computes what the model computed.
+    place, by the :class:`MappingPool` of its present mapping. The model that remains has the
+    parameters of its QEM twin and computes the same as before.
 
     Args:
         model (torch.nn.Module): Any module that holds pooling layers.

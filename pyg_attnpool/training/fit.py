@@ -81,7 +81,7 @@ def fit(
             loss. (default: :obj:`None`)
         transform (callable, optional): Augments a batch :obj:`[B, N, C]` in metres, such as
             :func:`~pyg_attnpool.training.rigid_motion`. Its draws from the global generators of
-            Python, NumPy or PyTorch depends on seed, epoch and process alone.
+            Python, NumPy or PyTorch depend on seed, epoch and process alone.
             (default: :obj:`None`)
         callbacks (list, optional): Callbacks of Lightning beside those of :func:`fit`.
             (default: :obj:`()`)

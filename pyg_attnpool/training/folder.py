@@ -137,8 +137,8 @@ def load_last(folder: Path, check: Callable[[dict[str, Any]], None]) -> dict[str
 
 
 def architecture(module: Module) -> dict[str, Any]:
-    r"""The description of a network beside its weights: its class, and its :obj:`config` where it has
-    one, else the numbers, names and functions among the attributes of its layers."""
+    r"""The description of a network beside its weights: its class, and its :obj:`config` where it
+    has one, else the numbers, names and functions among the attributes of its layers."""
     config = getattr(module, "config", None)
     if is_dataclass(config):
         found = {f.name: plain(getattr(config, f.name)) for f in fields(config)}
