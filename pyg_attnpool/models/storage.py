@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -57,16 +58,34 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
         "training": model.summary,
     }
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, _check_replaceable) as temporary:
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
-        (temporary / CARD).write_text(_card(model, Path(folder).name), encoding="utf-8")
+        (temporary / CARD).write_text(_card(model, Path(os.path.realpath(folder)).name), encoding="utf-8")
         config["files"] = {
             path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
         }
         config["checksum"] = _checksum(config)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(folder: Path) -> None:
+    # The folder of an older model, and nothing else, may go.
+    foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, HIERARCHY, CARD})
+    if foreign:
+        raise ValueError(
+            f"Expected a folder of a model alone to replace at {folder} (got one with "
+            f"{foreign[0]}): save to another, or to one within"
+        )
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError) as e:
+        found = repr(e)
+    if found != FORMAT:
+        raise ValueError(
+            f"Expected a folder of a model to replace at {folder} (got another {CONFIG}: {found})"
+        )
 
 
 def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableModel:
