@@ -174,6 +174,15 @@ def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> di
         return {name: arrays[name] for name in arrays.files}
 
 
+def file_hash(path: str | Path) -> str:
+    r"""The SHA-256 of a file's content."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
+
+
 def digest(arrays: dict[str, ndarray]) -> str:
     r"""The SHA-256 of arrays: names, types, shapes and content, in the order of the names."""
     sha = hashlib.sha256()

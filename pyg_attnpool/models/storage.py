@@ -62,7 +62,9 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
-        (temporary / CARD).write_text(_card(model, Path(os.path.realpath(folder)).name), encoding="utf-8")
+        (temporary / CARD).write_text(
+            _card(model, Path(os.path.realpath(folder)).name), encoding="utf-8"
+        )
         config["files"] = {
             path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
         }
