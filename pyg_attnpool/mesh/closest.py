@@ -118,7 +118,7 @@ def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tupl
         v, w = (cc * pb - bc * pc) / det, (bb * pc - bc * pb) / det
         inside = (det > 0) & (v >= 0) & (w >= 0) & (v + w <= 1)
     v, w = np.where(inside, v, 0), np.where(inside, w, 0)
-    weight = np.stack([1 - v - w, v, w], axis=1)
+    weight = np.stack([np.maximum(1 - v - w, 0), v, w], axis=1)  # rounded below zero otherwise
     offset = ap - v[:, None] * ab - w[:, None] * ac
     square = np.where(inside, _dot(offset, offset), np.inf)
     for i, j, start, end in ((0, 1, a, b), (1, 2, b, c), (2, 0, c, a)):
