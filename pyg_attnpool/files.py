@@ -5,7 +5,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,34 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 @contextmanager
-def replacing_folder(path: str | Path) -> Iterator[Path]:
+def replacing_folder(path: str | Path, check: Callable[[Path], None]) -> Iterator[Path]:
     r"""Yields a temporary folder beside :obj:`path`. When the block ends without an error, it takes
     the place of :obj:`path` as a whole; until then an older folder stays as it is. That takes two
-    renames: after a kill between them, the older folder is where :meth:`whole_folder` finds it."""
+    renames: after a kill between them, the older folder is where :meth:`whole_folder` finds it.
+
+    Args:
+        path (str or Path): The folder.
+        check (callable): Raises if a folder that is there holds anything that must not be lost.
+
+    Raises:
+        NotADirectoryError: If a file is in its place.
+        ValueError: If it is the working folder, or one that holds it.
+    """
     path = Path(path)
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"Expected a folder to write to (got the file {path})")
+    if target in (here := Path(os.path.realpath("."))).parents or target == here:
+        raise ValueError(
+            f"Expected a folder to write to that can be replaced (got {target}, which holds the "
+            f"working folder)"
+        )
+    older = _older(target)
+    for folder in (target, older):
+        if folder.is_dir() and any(folder.iterdir()):
+            check(folder)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:40]}.", dir=target.parent))
-    older = _older(target)
     try:
         temporary.chmod(0o755)
         yield temporary
@@ -155,6 +172,15 @@ def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> di
     r"""All arrays of a :obj:`.npz` file, as :func:`opened_arrays` has them."""
     with opened_arrays(path, content) as arrays:
         return {name: arrays[name] for name in arrays.files}
+
+
+def file_hash(path: str | Path) -> str:
+    r"""The SHA-256 of a file's content."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def digest(arrays: dict[str, ndarray]) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch_geometric.nn.pool.select import SelectOutput
 
 from pyg_attnpool.ops.adjacency import pool_adjacency
+from pyg_attnpool.ops.backend import has_version
 from pyg_attnpool.ops.sparse import apply_mapping, fuse_slots
 
 
@@ -40,38 +41,26 @@ class Mapping:
     """
 
     def __init__(self, index: Tensor, weight: Tensor, num_source: int):
-        if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
-            got = index.dtype if isinstance(index, Tensor) else type(index).__name__
-            raise TypeError(f"Expected 'index' to be a long tensor (got {got})")
-        if not isinstance(weight, Tensor) or not weight.is_floating_point():
-            got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"Expected 'weight' to be a floating point tensor (got {got})")
-        if index.dim() != 2 or index.shape != weight.shape:
-            raise ValueError(
-                f"Expected 'index' and 'weight' of one shape [num_target, k] "
-                f"(got {list(index.shape)} and {list(weight.shape)})"
-            )
-        if index.device != weight.device:
-            raise ValueError(
-                f"Expected 'index' and 'weight' on one device "
-                f"(got {index.device} and {weight.device})"
-            )
-        if num_source < 1 or index.numel() == 0:
-            raise ValueError(
-                f"Expected at least one source vertex, target vertex and slot "
-                f"(got num_source={num_source} and 'index' of shape {list(index.shape)})"
-            )
-        low, high = index.min().item(), index.max().item()
-        if low < 0 or high >= num_source:
-            raise ValueError(
-                f"Expected source vertices from 0 to {num_source - 1} (got {low} to {high})"
-            )
-        if not torch.isfinite(weight).all():
-            raise ValueError("Expected finite weights (got NaN or infinity)")
-
+        _check(index, weight, num_source)
         self.index = index.long()
         self.weight = weight
         self.num_source = int(num_source)
+        self._seen = self._now()
+
+    def _now(self) -> tuple[int, int, torch.Size] | None:
+        # Where the indices are, how often they were edited, and the shape of the weights. Tensors
+        # of inference mode count no edits, and those that are traced have no place.
+        if torch.compiler.is_compiling() or not has_version(self.index):
+            return None
+        version = -1 if self.index.is_inference() else self.index._version
+        return self.index.data_ptr(), version, self.weight.shape
+
+    def _check_edits(self) -> None:
+        # What somebody has put into the tensors since they were checked.
+        now = self._now()
+        if now is not None and now != self._seen:
+            _check(self.index, self.weight, self.num_source)
+            self._seen = now
 
     @property
     def num_target(self) -> int:
@@ -109,11 +98,14 @@ class Mapping:
 
     def __matmul__(self, x: Tensor) -> Tensor:
         r"""Maps features :obj:`[num_source, F]` or :obj:`[B, num_source, F]`."""
+        if not isinstance(x, Tensor):
+            return NotImplemented
         if x.dim() not in (2, 3) or x.size(-2) != self.num_source:
             raise ValueError(
                 f"Expected features of shape [{self.num_source}, F] or [B, {self.num_source}, F] "
                 f"(got {list(x.shape)})"
             )
+        self._check_edits()
         return apply_mapping(self.index, self.weight, x, self.num_source)
 
     def fuse(self, other: Mapping, alpha: float | Tensor) -> Mapping:
@@ -124,11 +116,17 @@ class Mapping:
             other (Mapping): A mapping between the same vertices.
             alpha (float or torch.Tensor): The share of this mapping; may carry gradients.
         """
+        if not isinstance(other, Mapping):
+            raise TypeError(f"Expected a Mapping to fuse with (got {type(other).__name__})")
+        if isinstance(alpha, Tensor) and alpha.numel() != 1:
+            raise ValueError(f"Expected one 'alpha' (got shape {list(alpha.shape)})")
         if (self.num_target, self.num_source) != (other.num_target, other.num_source):
             raise ValueError(
                 f"Expected a mapping from {self.num_source} to {self.num_target} vertices "
                 f"(got {other.num_source} to {other.num_target})"
             )
+        self._check_edits()
+        other._check_edits()
         index, weight = fuse_slots(self.index, self.weight, other.index, other.weight, alpha)
         return Mapping(index, weight, self.num_source)
 
@@ -173,6 +171,7 @@ class Mapping:
     def _entries(self) -> tuple[Tensor, Tensor, Tensor]:
         # Distinct entries sorted by row and column: other formats assume that no entry repeats.
         # A zero is dropped only where no gradient can make it something else.
+        _check(self.index, self.weight, self.num_source)
         flat = torch.arange(self.num_target, device=self.device).unsqueeze(1) * self.num_source
         flat = (flat + self.index).flatten()
         entry, slot = flat.unique(return_inverse=True)
@@ -191,6 +190,8 @@ class Mapping:
             batch_size (int, optional): How often the matrix stands along the diagonal, for the
                 graphs of a mini-batch. (default: :obj:`1`)
         """
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"Expected a positive 'batch_size' (got {batch_size})")
         row, col, weight = self._entries()
         if batch_size == 1:
             return row, col, weight
@@ -274,6 +275,7 @@ class Mapping:
     def to_dense(self) -> Tensor:
         r"""The matrix :obj:`[num_target, num_source]`, differentiable in the weights. For small
         matrices and tests."""
+        _check(self.index, self.weight, self.num_source)
         row = torch.arange(self.num_target, device=self.device).unsqueeze(1).expand_as(self.index)
         dense = self.weight.new_zeros(self.num_target, self.num_source)
         return dense.index_put((row, self.index), self.weight, accumulate=True)
@@ -303,6 +305,7 @@ class Mapping:
             row, col = coo.indices()
             return cls._from_coo(row, col, coo.values(), matrix.shape)
         if type(matrix).__name__ == "SparseTensor" and hasattr(matrix, "sparse_sizes"):
+            _check_rowptr(matrix.storage._rowptr, matrix.nnz())
             row, col, value = matrix.coo()
             if value is None:  # an adjacency without values counts each entry once
                 value = torch.ones(row.numel(), device=row.device)
@@ -343,6 +346,40 @@ class Mapping:
         return f"{self.__class__.__name__}({self.num_source}, {self.num_target}, k={self.k})"
 
 
+def _check(index: Any, weight: Any, num_source: int) -> None:
+    if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
+        got = index.dtype if isinstance(index, Tensor) else type(index).__name__
+        raise TypeError(f"Expected 'index' to be a long tensor (got {got})")
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        got = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"Expected 'weight' to be a floating point tensor (got {got})")
+    if index.dim() != 2 or index.shape != weight.shape:
+        raise ValueError(
+            f"Expected 'index' and 'weight' of one shape [num_target, k] "
+            f"(got {list(index.shape)} and {list(weight.shape)})"
+        )
+    if index.device != weight.device:
+        raise ValueError(
+            f"Expected 'index' and 'weight' on one device (got {index.device} and {weight.device})"
+        )
+    if not isinstance(num_source, int | np.integer):
+        raise TypeError(f"Expected 'num_source' to be an integer (got {num_source!r})")
+    if int(num_source) * len(index) >= 2**63:
+        raise ValueError(f"Expected less than 2**63 pairs of vertices (got {num_source=})")
+    if num_source < 1 or index.numel() == 0:
+        raise ValueError(
+            f"Expected at least one source vertex, target vertex and slot "
+            f"(got num_source={num_source} and 'index' of shape {list(index.shape)})"
+        )
+    low, high = index.min().item(), index.max().item()
+    if low < 0 or high >= num_source:
+        raise ValueError(
+            f"Expected source vertices from 0 to {num_source - 1} (got {low} to {high})"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError("Expected finite weights (got NaN or infinity)")
+
+
 def _check_sparse(matrix: Tensor) -> None:
     # PyTorch follows the indices of a sparse tensor, also where they were never checked.
     layout, detached = matrix.layout, matrix.detach()
@@ -366,6 +403,15 @@ def _check_sparse(matrix: Tensor) -> None:
                 )
     except RuntimeError as e:
         raise ValueError(f"Expected a valid sparse matrix (got: {e})") from e
+
+
+def _check_rowptr(rowptr: Tensor | None, nnz: int) -> None:
+    # torch_sparse follows the row pointers of a SparseTensor, which it does not check.
+    if rowptr is None:
+        return
+    ends = [rowptr[0].item(), rowptr[-1].item()] if rowptr.numel() else []
+    if ends != [0, nnz] or (rowptr.diff() < 0).any():
+        raise ValueError(f"Expected row pointers that ascend from 0 to {nnz} (got others)")
 
 
 def _check_matrix(size: Sequence[int]) -> tuple[int, int]:

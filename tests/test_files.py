@@ -25,6 +25,10 @@ def full_disk(num_bytes):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def anything(folder):
+    r"""Any older folder may go."""
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
@@ -70,9 +74,9 @@ def test_error_leaves_the_old_file_and_folder(tmp_path, error):
     with pytest.raises(error), replacing(tmp_path / "file.txt") as temporary:
         temporary.write_bytes(b"new")
         raise error
-    with replacing_folder(tmp_path / "folder") as temporary:
+    with replacing_folder(tmp_path / "folder", anything) as temporary:
         (temporary / "a").write_bytes(b"old")
-    with pytest.raises(error), replacing_folder(tmp_path / "folder") as temporary:
+    with pytest.raises(error), replacing_folder(tmp_path / "folder", anything) as temporary:
         (temporary / "a").write_bytes(b"new")
         raise error
     assert (tmp_path / "file.txt").read_bytes() == b"old"
@@ -97,7 +101,7 @@ def test_everything_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypat
     monkeypatch.setattr(os, "rename", lambda *args: checked(rename, *args))
     write_bytes(tmp_path / "file.txt", b"new")
     for _ in range(2):
-        with replacing_folder(tmp_path / "folder") as temporary:
+        with replacing_folder(tmp_path / "folder", anything) as temporary:
             (temporary / "deep").mkdir()
             (temporary / "deep" / "a").write_bytes(b"new")
     assert flushed[-1] == tmp_path.stat().st_ino or os.name == "nt"
@@ -114,7 +118,7 @@ def kill(*args):
     count += 1
     rename(*args)
 os.rename = kill
-with replacing_folder(sys.argv[1]) as temporary:
+with replacing_folder(sys.argv[1], print) as temporary:
     (temporary / "a").write_text("new")
 """
 
@@ -122,18 +126,44 @@ with replacing_folder(sys.argv[1]) as temporary:
 @pytest.mark.parametrize("renames, content", [(0, "old"), (1, "old"), (2, "new")])
 def test_kill_between_the_renames_loses_no_folder(tmp_path, renames, content):
     folder = tmp_path / "model"
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, anything) as temporary:
         (temporary / "a").write_text("old")
     command = [sys.executable, "-c", KILLED, str(folder), str(renames)]
     done = subprocess.run(command, cwd=Path(__file__).parents[1])
     assert done.returncode == (9 if renames < 2 else 0)
     assert (whole_folder(folder) / "a").read_text() == content
     # The next write goes through, and nothing of the old one is found any more.
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, anything) as temporary:
         (temporary / "a").write_text("newer")
     assert whole_folder(folder) == folder
     assert (folder / "a").read_text() == "newer"
     assert not (tmp_path / ".model.old").exists()
+
+
+def test_a_folder_that_must_stay_stays(tmp_path, monkeypatch):
+    def never(folder):
+        raise ValueError(f"{folder.name} stays")
+
+    # The one aside too, which a killed write may have left.
+    for name in ("folder", ".folder.old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.tex").write_text("kept")
+        with (
+            pytest.raises(ValueError, match=f"^{name} stays"),
+            replacing_folder(tmp_path / "folder", never),
+        ):
+            raise AssertionError("written")
+        assert (tmp_path / name / "thesis.tex").read_text() == "kept"
+        (tmp_path / name / "thesis.tex").unlink()
+    with replacing_folder(tmp_path / "folder", never) as temporary:  # an empty one may go
+        (temporary / "a").write_text("new")
+    assert names(tmp_path) == ["folder"]
+    (tmp_path / "folder" / "deep").mkdir()
+    monkeypatch.chdir(tmp_path / "folder" / "deep")
+    for path in (".", "..", "", tmp_path, "../deep", os.sep):
+        with pytest.raises(ValueError, match="working folder"), replacing_folder(path, anything):
+            raise AssertionError("written")
+    assert names(tmp_path / "folder") == ["a", "deep"]
 
 
 def test_files_in_the_way_are_named_before_anything_is_written(tmp_path):
@@ -143,7 +173,7 @@ def test_files_in_the_way_are_named_before_anything_is_written(tmp_path):
     with pytest.raises(IsADirectoryError, match="got the folder"):
         write_bytes(tmp_path / "folder", b"new")
     with pytest.raises(NotADirectoryError, match="got the file"):
-        with replacing_folder(tmp_path / "file"):
+        with replacing_folder(tmp_path / "file", anything):
             raise AssertionError("the block runs")
     assert names(tmp_path) == ["file", "folder"] and names(tmp_path / "folder") == ["kept"]
 

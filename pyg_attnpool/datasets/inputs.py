@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset, stacked
+from pyg_attnpool.mesh.io import in_single_precision
 
 
 def as_meshes(meshes: Any) -> Tensor | MeshDataset:
@@ -25,7 +26,8 @@ def as_meshes(meshes: Any) -> Tensor | MeshDataset:
 
     Raises:
         TypeError: If they are in another form, or not floating point.
-        ValueError: If a :class:`~torch_geometric.data.Data` object differs from the first.
+        ValueError: If a :class:`~torch_geometric.data.Data` object differs from the first, or
+            coordinates are too far from the origin for single precision.
     """
     if isinstance(meshes, MeshDataset):
         return meshes
@@ -40,6 +42,9 @@ def as_meshes(meshes: Any) -> Tensor | MeshDataset:
         )
     if not meshes.is_floating_point():
         raise TypeError(f"Expected floating point meshes (got {meshes.dtype})")
+    if meshes.dtype == torch.float64 and meshes.dim() == 3:
+        for i, mesh in enumerate(meshes[..., :3]):
+            in_single_precision(f"mesh {i}", mesh.numpy(force=True))
     return meshes.float()
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from numpy import ndarray
 
@@ -57,12 +59,15 @@ class RegisteredMeshes(MeshDataset):
         same_surface (bool, optional): If set to :obj:`True`, the files of a folder may list the
             faces of the template in another order, and begin each at another corner.
             (default: :obj:`False`)
+        origin (list, optional): The point :obj:`[x, y, z]`, in the unit of the files, that becomes
+            the origin: files with coordinates of maps need one close to their meshes, since models
+            compute in single precision. (default: :obj:`None`)
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
         ValueError: If there are no meshes, a file cannot be read, a mesh has another number of
-            vertices or other faces than the template, a coordinate is not finite, or the disk is
-            full. The message names the file.
+            vertices or other faces than the template, a coordinate is not finite or too far from
+            the origin for single precision, or the disk is full. The message names the file.
 
     Example:
         >>> from pyg_attnpool.datasets import RegisteredMeshes
@@ -87,6 +92,7 @@ class RegisteredMeshes(MeshDataset):
         features: Sequence[str] = (),
         align: bool = False,
         same_surface: bool = False,
+        origin: Sequence[float] | None = None,
     ):
         scale = metres(unit)
         path = Path(root).expanduser()
@@ -98,9 +104,12 @@ class RegisteredMeshes(MeshDataset):
             names = mesh_names(path)
             if self.sorts_naturally:
                 names.sort(key=natural_order)
-            source: MeshSource = MeshFiles(path, names, template, scale, features, same_surface)
-        elif features:
-            raise ValueError(f"Expected 'features' of a folder of PLY files (got {path})")
+            origin = _point([0.0, 0.0, 0.0] if origin is None else origin)
+            source: MeshSource = MeshFiles(
+                path, names, template, scale, features, same_surface, origin
+            )
+        elif features or origin is not None:
+            raise ValueError(f"Expected 'features' or 'origin' of a folder of files (got {path})")
         else:
             source = MeshArray(path, template, scale)
         if cache is None:
@@ -126,3 +135,11 @@ class RegisteredMeshes(MeshDataset):
         if self._alignment is None or self._indices is None:
             return self._alignment
         return self._alignment.select(torch.tensor(list(self._indices), dtype=torch.long))
+
+
+def _point(origin: Any) -> list[float]:
+    point = np.asarray(origin)
+    real = np.issubdtype(point.dtype, np.integer) or np.issubdtype(point.dtype, np.floating)
+    if not real or point.shape != (3,) or not np.isfinite(point).all():
+        raise ValueError(f"Expected 'origin' to be a point of three finite numbers (got {origin})")
+    return [float(x) for x in point]

@@ -19,9 +19,9 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from pyg_attnpool.datasets.cache import mapped_array, progress_bar, stored
-from pyg_attnpool.files import damage_named, opened_arrays
-from pyg_attnpool.mesh.io import SUFFIXES, read_features, read_mesh
+from pyg_attnpool.datasets.cache import FLOAT, mapped_array, progress_bar, stored
+from pyg_attnpool.files import damage_named, file_hash, opened_arrays
+from pyg_attnpool.mesh.io import SUFFIXES, in_single_precision, read_features, read_mesh
 
 # Part of every stored file: raised with every change of how meshes are read.
 GENERATOR = 2
@@ -75,6 +75,7 @@ class MeshFiles(MeshSource):
         scale (float, optional): The unit of the files in metres. (default: :obj:`1.0`)
         features (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`()`)
         same_surface (bool, optional): As in :class:`RegisteredMeshes`. (default: :obj:`False`)
+        origin (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`(0, 0, 0)`)
 
     Raises:
         ValueError: As of :class:`RegisteredMeshes`, also when blocks are read.
@@ -88,9 +89,10 @@ class MeshFiles(MeshSource):
         scale: float = 1.0,
         features: Sequence[str] = (),
         same_surface: bool = False,
+        origin: Sequence[float] = (0.0, 0.0, 0.0),
     ):
         self.path, self.names, self.scale, self.features = path, names, scale, tuple(features)
-        self.same_surface = same_surface
+        self.same_surface, self.origin = same_surface, np.asarray(origin, np.float64)
         self.first: Path | str = "the template"
         if template is None:
             with self._opened() as read:
@@ -99,7 +101,7 @@ class MeshFiles(MeshSource):
             further = self._further(path / names[0], len(template[0]))
             self.channels = 3 + further.shape[1]
         self.shape, self.faces = template[0].shape, template[1]
-        self.template = scale * template[0], template[1]
+        self.template = scale * (template[0] - self.origin), template[1]
         self.sizes = _sizes(len(names))
         self.labels = _labels(names)
 
@@ -126,14 +128,15 @@ class MeshFiles(MeshSource):
                 progress_bar(f"Checking {self.path.name}", len(self.names)) as progress,
             ):
                 content = []
-                for found in threads.map(_content, [self.path / name for name in self.names]):
+                for found in threads.map(file_hash, [self.path / name for name in self.names]):
                     content.append(found)
                     progress.update()
         else:
             with damage_named(self.path, "a whole archive"), ZipFile(self.path) as archive:
                 members = [archive.getinfo(name) for name in self.names]
                 content = [f"{member.file_size} {member.CRC}" for member in members]
-        return repr((self.names, self.scale, self.features, self.same_surface, content))
+        settings = self.scale, self.features, self.same_surface, self.origin.tolist()
+        return repr((self.names, *settings, content))
 
     @contextmanager
     def _opened(self) -> Iterator[Callable[[str], tuple[ndarray, ndarray]]]:
@@ -174,7 +177,8 @@ class MeshFiles(MeshSource):
                     f"Expected the {what} of {self.first} in {file} "
                     f"(got {_difference(faces, self.faces, self.same_surface)}{hint})"
                 )
-        coordinates = (self.scale * vertices).astype(np.float32)
+        coordinates = self.scale * (vertices - self.origin)
+        coordinates = in_single_precision(f"vertices of {file}", coordinates)
         if not self.features:
             return coordinates
         further = self._further(file, len(vertices))
@@ -239,7 +243,7 @@ class MeshArray(MeshSource):
         return x
 
     def content(self) -> str:
-        return repr((self.scale, _content(self.path)))
+        return repr((self.scale, file_hash(self.path)))
 
 
 def mesh_names(folder: Path) -> list[str]:
@@ -301,14 +305,6 @@ def check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]
     return vertices, faces.astype(np.int64)
 
 
-def _content(path: Path) -> str:
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            sha.update(chunk)
-    return sha.hexdigest()
-
-
 def _sizes(num: int) -> list[int]:
     return [min(BLOCK, num - i) for i in range(0, num, BLOCK)]
 
@@ -365,6 +361,9 @@ def _read_array(path: Path) -> Tensor:
         )
     if not np.issubdtype(array.dtype, np.number) or np.iscomplexobj(array):
         raise ValueError(f"Expected vertices of numbers in {path} (got {array.dtype})")
+    if array.dtype.itemsize > FLOAT.itemsize or not np.issubdtype(array.dtype, np.floating):
+        for i, mesh in enumerate(array):
+            in_single_precision(f"vertices of mesh {i} in {path}", mesh[:, :3].astype(np.float64))
     with np.errstate(over="ignore"):  # to infinity, which is refused below
         vertices = torch.from_numpy(array.astype(np.float32, copy=False))
     for i, mesh in enumerate(vertices):

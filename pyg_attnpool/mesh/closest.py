@@ -22,6 +22,7 @@ def barycentric_mapping(
         :obj:`[M, 3]`: non-negative and summing to one.
 
     Raises:
+        TypeError: If points or vertices are not floating point, or faces no integers.
         ValueError: If a shape is wrong, a coordinate is not finite, or there is no face.
 
     Example:
@@ -35,6 +36,9 @@ def barycentric_mapping(
     """
     points, vertices, faces = np.asarray(points), np.asarray(vertices), np.asarray(faces)
     for name, array in (("points", points), ("vertices", vertices), ("faces", faces)):
+        kind = np.integer if name == "faces" else np.floating
+        if not np.issubdtype(array.dtype, kind):
+            raise TypeError(f"Expected '{name}' of {kind.__name__} numbers (got {array.dtype})")
         if array.ndim != 2 or array.shape[1] != 3 or not np.isfinite(array).all():
             raise ValueError(
                 f"Expected '{name}' of shape [*, 3] and finite (got {list(array.shape)})"
@@ -44,6 +48,7 @@ def barycentric_mapping(
             f"Expected faces of vertices 0 to {len(vertices) - 1} (got {len(faces)} faces, "
             f"{faces.min(initial=0)} to {faces.max(initial=0)})"
         )
+    points, vertices = points.astype(np.float64), vertices.astype(np.float64)
     face, weight, _ = closest_points(points, vertices, faces)
     return faces[face], weight
 
@@ -61,6 +66,10 @@ def closest_points(
     """
     from scipy.spatial import cKDTree
 
+    # Of a size whose fourth powers are numbers, by a power of two, which rounds nothing.
+    _, exponent = np.frexp(max(np.abs(points).max(initial=0), np.abs(vertices).max()))
+    scale = 2.0 ** np.clip(-256 * np.round(exponent / 256), -1000, 1000)
+    points, vertices = scale * points, scale * vertices
     corners = vertices[faces]
     low, high = corners.min(axis=1), corners.max(axis=1)
     centre = corners.mean(axis=1)
@@ -95,7 +104,7 @@ def closest_points(
             best = order[np.searchsorted(at[order], rows)]
             out = start + rows
             face[out], weight[out], distance[out] = hit[best], found[best], np.sqrt(square[best])
-    return face, weight, distance
+    return face, weight, distance / scale
 
 
 def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:
@@ -109,7 +118,7 @@ def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tupl
         v, w = (cc * pb - bc * pc) / det, (bb * pc - bc * pb) / det
         inside = (det > 0) & (v >= 0) & (w >= 0) & (v + w <= 1)
     v, w = np.where(inside, v, 0), np.where(inside, w, 0)
-    weight = np.stack([1 - v - w, v, w], axis=1)
+    weight = np.stack([np.maximum(1 - v - w, 0), v, w], axis=1)  # rounded below zero otherwise
     offset = ap - v[:, None] * ab - w[:, None] * ac
     square = np.where(inside, _dot(offset, offset), np.inf)
     for i, j, start, end in ((0, 1, a, b), (1, 2, b, c), (2, 0, c, a)):

@@ -272,11 +272,13 @@ def _counts(
     counts = [num_vertices]
     if wanted is None:
         for factor in [4, 4, 4, 4] if factors is None else factors:
-            if not factor > 1:
-                raise ValueError(f"Expected 'factors' above 1 (got {factor})")
+            if not 1 < factor < np.inf:
+                raise ValueError(f"Expected finite 'factors' above 1 (got {factor})")
             counts.append(int(np.ceil(counts[-1] / factor)))
     else:
         # A list may name the template's own count first, as `num_vertices` of a hierarchy does.
+        if not all(isinstance(n, int | np.integer) for n in wanted):
+            raise TypeError(f"Expected 'num_vertices' to be a list of integers (got {wanted!r})")
         wanted = [int(n) for n in wanted]
         counts += wanted[1:] if wanted[:1] == counts else wanted
     if len(counts) < 2 or (wanted is not None and min(counts) < 3):

@@ -22,6 +22,7 @@ from pyg_attnpool.mesh.formats import (
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl}
 SUFFIXES = tuple(READERS)
 REPAIR = "; pyg_attnpool.mesh.repair mends it, and takes registered meshes along"
+ROUNDING = 1e-5  # of the size of a mesh, which single precision may move a vertex by
 FEATURES = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}  # of PLY files
 
 
@@ -34,8 +35,9 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
     appearance. The mesh that the faces make up is for :meth:`check_mesh` to judge and for
     :meth:`~pyg_attnpool.mesh.repair` to mend.
 
-    Models compute in single precision, seven digits: coordinates far from the origin, as those of
-    maps are, should be moved to it before.
+    Models compute in single precision, seven digits. Coordinates far from the origin, as those of
+    maps are, lose what makes up the mesh there, so models and data sets refuse them
+    (:func:`~pyg_attnpool.mesh.io.in_single_precision`).
 
     Args:
         path (str or Path): An OBJ, PLY, OFF or STL file.
@@ -109,7 +111,8 @@ def write_mesh(
     features: dict[str, ndarray] | None = None,
 ) -> None:
     r"""Writes a triangle mesh, in single precision where vertices are float32, else in double;
-    STL has single precision alone. The file is whole, or is what it was before.
+    STL has single precision alone, and takes no mesh that it would change. The file is whole, or is
+    what it was before.
 
     Args:
         path (str or Path): An OBJ, PLY, OFF or STL file; PLY and STL are binary.
@@ -120,8 +123,8 @@ def write_mesh(
 
     Raises:
         OSError: If the file could not be written whole.
-        ValueError: If the format is unknown or has no place for features, or the mesh is not valid
-            by :meth:`check_mesh`.
+        ValueError: If the format is unknown or has no place for features, the mesh is not valid
+            by :meth:`check_mesh`, or STL has too few digits for it.
 
     Example:
         >>> from pyg_attnpool.mesh import write_mesh
@@ -135,6 +138,13 @@ def write_mesh(
     suffix = path.suffix.lower()
     if features and suffix != ".ply":
         raise ValueError(f"Expected features to a PLY file (got {path.name})")
+    if suffix == ".stl":
+        rounded = in_single_precision(f"vertices to {path.name}", vertices)
+        if len(np.unique(rounded, axis=0)) < len(np.unique(vertices, axis=0)):
+            raise ValueError(
+                f"Expected vertices that are apart in single precision to {path.name} (got some "
+                f"that become one): another format has double precision"
+            )
     if suffix == ".ply":
         columns = dict(zip("xyz", vertices.T, strict=True))
         content = ply_bytes(columns | _columns(features or {}, len(vertices)), faces)
@@ -189,8 +199,37 @@ def check_mesh(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     return vertices, faces
 
 
+def in_single_precision(name: str, vertices: ndarray) -> ndarray:
+    r"""Coordinates :obj:`[N, 3]` in single precision (float32), where that moves no vertex by more
+    than a hundred-thousandth of the size of the mesh.
+
+    Args:
+        name (str): What the error calls them.
+        vertices (numpy.ndarray): The coordinates.
+
+    Raises:
+        ValueError: If they are too far from the origin.
+    """
+    # Too large a number becomes infinite, which is as far as can be. What is not finite before is
+    # not for this check to judge.
+    with np.errstate(over="ignore", invalid="ignore"):
+        single = vertices.astype(np.float32)
+        away, size = np.abs(vertices - single).max(), np.ptp(vertices, axis=0).max()
+    if away > ROUNDING * size > 0:
+        low, high = vertices.min(axis=0), vertices.max(axis=0)
+        near = [float(f"{x:.5g}") for x in low / 2 + high / 2]
+        raise ValueError(
+            f"Expected {name} near the origin, as single precision would move them by up to "
+            f"{away:.2g} on a mesh of size {size:.2g} (got coordinates around {near}): subtract "
+            f"these first"
+        )
+    return single
+
+
 def check_arrays(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     r"""Checks types, shapes and range of vertices and faces, before the mesh that they make up."""
+    if np.ma.is_masked(vertices) or np.ma.is_masked(faces):
+        raise TypeError("Expected arrays without a mask (got masked entries)")
     vertices, faces = np.asarray(vertices), np.asarray(faces)
     if not np.issubdtype(vertices.dtype, np.floating):
         raise TypeError(f"Expected floating point vertices (got {vertices.dtype})")

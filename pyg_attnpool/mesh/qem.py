@@ -96,6 +96,11 @@ def decimate(
     rank[order] = np.arange(len(order))
     # Centred, at unit size: costs are fourth powers of lengths.
     low, high = vertices.min(axis=0), vertices.max(axis=0)
+    if not 0 < (high - low).max() < np.inf:
+        raise ValueError(
+            f"Expected vertices that are not all in one place, nor infinitely far apart "
+            f"(got all from {low.tolist()} to {high.tolist()})"
+        )
     points = (vertices[order] - (low + high) / 2) / (high - low).max()
     faces = _sorted_faces(rank[faces])
     quadrics = _quadrics(points, faces)

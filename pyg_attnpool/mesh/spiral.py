@@ -71,6 +71,11 @@ def spiral_sequences(
             vertices to fill from.
     """
     vertices, faces = check_mesh(vertices, faces)
+    if not all(isinstance(n, int | np.integer) for n in (hops, dilation, length or 1)):
+        raise TypeError(
+            f"Expected 'hops', 'dilation' and 'length' to be integers (got {hops}, {dilation} and "
+            f"{length})"
+        )
     if min(hops, dilation, 1 if length is None else length) < 1:
         raise ValueError(
             f"Expected positive 'hops', 'dilation' and 'length' (got {hops}, {dilation} and "

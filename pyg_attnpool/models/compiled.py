@@ -23,7 +23,7 @@ from pyg_attnpool.models.plan import (
     Sum,
     decoder_plan,
 )
-from pyg_attnpool.nn.base import PoolingLayer
+from pyg_attnpool.nn.base import IndexedModule, PoolingLayer
 from pyg_attnpool.ops import _cpu
 
 if TYPE_CHECKING:
@@ -169,6 +169,9 @@ def _wide(array: ndarray, axis: int) -> ndarray:
     return np.pad(array, missing)
 
 
+# Methods that somebody has replaced on an object.
+_OWN = frozenset({"forward", "rows_forward", "mapping", "slots", "decode"})
+
 _known: WeakKeyDictionary[Module, tuple[Any, CompiledDecoder | None]] = WeakKeyDictionary()
 
 
@@ -177,12 +180,13 @@ def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
     holds a layer that has no compiled step or hooks, is not in single precision on
     the CPU, or there is no compiled library.
 
-    The decoder is made again when the model has changed: a parameter in its values, a buffer by the
-    version counter of PyTorch, which a change through :obj:`.data` escapes.
+    The decoder is made again when the model has changed, in whatever way: a number in its values, a
+    layer, a hook or a method. An index is known by its tensor and PyTorch's count of edits, which
+    those through :obj:`.data` and NumPy escape, as they do in every layer
+    (:class:`~pyg_attnpool.nn.base.IndexedModule`).
     """
-    mean = model.mean
-    if not _cpu.AVAILABLE or mean.dtype != torch.float32 or not mean.is_cpu or mean.is_inference():
-        return None  # tensors of inference mode have no version
+    if not _cpu.AVAILABLE or model.mean.dtype != torch.float32 or not model.mean.is_cpu:
+        return None
     state = _state(model)
     if state is None:
         return None
@@ -194,20 +198,33 @@ def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
 
 
 def _state(model: Module) -> list[int] | None:
-    # What the plan depends on: the layers, their hooks, their tensors by place and version, and the
-    # values of parameters, as fused optimisers change them and count no version.
+    # What the plan depends on: the layers, their hooks, the values of their numbers, as neither
+    # fused optimisers nor edits of `.data` count a version, and their indices by place and version.
     state: list[int] = []
-    parameters: list[Tensor] = []
-    for module in model.modules():
+    numbers: list[Tensor] = []
+    modules: list[Module | None] = [model]
+    seen: set[int] = set()
+    while modules:  # as Module.modules(), which takes several times as long
+        module = modules.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        modules += module._modules.values()
+        if not _OWN.isdisjoint(module.__dict__):
+            return None
         state += (id(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
-        parameters += [p for p in module._parameters.values() if p is not None]
         for tensors in (module._parameters, module._buffers):
-            for tensor in tensors.values():
-                if tensor is not None:
-                    state += (tensor.data_ptr(), tensor._version)
-    if not all(p.is_cpu and p.dtype == torch.float32 and p.is_contiguous() for p in parameters):
-        return None
-    return [*state, _cpu.checksum(parameters)]
+            numbers += [tensor for tensor in tensors.values() if tensor is not None]
+        for name in module._declared if isinstance(module, IndexedModule) else ():
+            index = getattr(module, name)
+            if not isinstance(index, Tensor) or index.is_inference():
+                return None  # tensors of inference mode have no version
+            state += (index.data_ptr(), index._version)
+    for number in numbers:
+        if not number.is_cpu or number.dtype is not torch.float32 or not number.is_contiguous():
+            return None
+        state.append(number.data_ptr())
+    return [*state, _cpu.checksum(numbers)]
 
 
 def _compile(model: MorphableModel) -> CompiledDecoder | None:

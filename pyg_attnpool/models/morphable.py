@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
+from pyg_attnpool.mesh.io import in_single_precision
 from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder
 from pyg_attnpool.models.modal import modal
@@ -52,7 +53,8 @@ class MorphableModel(IndexedModule):
 
     Raises:
         TypeError: If the autoencoder has no :meth:`encode` and :meth:`decode`.
-        ValueError: If there is no template, or it does not fit the autoencoder.
+        ValueError: If there is no template, it does not fit the autoencoder, or is too far from
+            the origin for single precision.
 
     Example:
         >>> import numpy as np
@@ -104,6 +106,8 @@ class MorphableModel(IndexedModule):
         own = getattr(autoencoder, "mean", None)
         in_channels = own.size(-1) if own is not None else getattr(config, "in_channels", 3)
         dtype = torch.get_default_dtype()
+        if dtype == torch.float32:
+            in_single_precision("a template", vertices)
         coordinates = torch.from_numpy(vertices).to(dtype)
         # Until there are training meshes, the model is about its template.
         mean = torch.zeros(len(vertices), in_channels, dtype=dtype)

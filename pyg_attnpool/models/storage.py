@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch import Tensor
 from torch.nn import Module
 from torch_geometric.nn import MessagePassing
 
-from pyg_attnpool.files import replacing_folder, whole_folder
+from pyg_attnpool.files import damage_named, replacing_folder, whole_folder
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
 from pyg_attnpool.models.modal import ModalAutoencoder, ModalConfig
@@ -48,6 +49,7 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
+    _check_numbers(tensors)
     config: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -57,16 +59,36 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
         "training": model.summary,
     }
-    with replacing_folder(folder) as temporary:
+    with replacing_folder(folder, _check_replaceable) as temporary:
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
-        (temporary / CARD).write_text(_card(model, Path(folder).name), encoding="utf-8")
+        (temporary / CARD).write_text(
+            _card(model, Path(os.path.realpath(folder)).name), encoding="utf-8"
+        )
         config["files"] = {
             path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
         }
         config["checksum"] = _checksum(config)
         (temporary / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_replaceable(folder: Path) -> None:
+    # The folder of an older model, and nothing else, may go.
+    foreign = sorted({path.name for path in folder.iterdir()} - {CONFIG, WEIGHTS, HIERARCHY, CARD})
+    if foreign:
+        raise ValueError(
+            f"Expected a folder of a model alone to replace at {folder} (got one with "
+            f"{foreign[0]}): save to another, or to one within"
+        )
+    try:
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("format")
+    except (OSError, ValueError, AttributeError) as e:
+        found = repr(e)
+    if found != FORMAT:
+        raise ValueError(
+            f"Expected a folder of a model to replace at {folder} (got another {CONFIG}: {found})"
+        )
 
 
 def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableModel:
@@ -75,12 +97,13 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
 
     folder = whole_folder(folder)
     config = _read_config(folder)
-    content = (folder / WEIGHTS).read_bytes()
-    hierarchy = None
-    if config["hierarchy"] is not None:
-        hierarchy = MeshHierarchy.load(folder / HIERARCHY)
-    tensors = safetensors.torch.load(content)
-    try:
+    # What fits its checksums may still be what somebody else has written.
+    with damage_named(folder, "a model that fits its parts"):
+        hierarchy = None
+        if config["hierarchy"] is not None:
+            hierarchy = MeshHierarchy.load(folder / HIERARCHY)
+        tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
+        _check_numbers(tensors)
         if hierarchy is not None and hierarchy.hash != config["hierarchy"]:
             raise ValueError(f"another hierarchy, {hierarchy.hash[:16]}")
         if _template_hash(tensors) != config["template"]:
@@ -93,9 +116,7 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
         _check_state(model, tensors)
         # Assigned, so that the type is the saved one; what is not in the file follows it.
         model.to(tensors["mean"].dtype).load_state_dict(tensors, assign=True)
-    except (TypeError, KeyError, AttributeError, RuntimeError, ValueError) as e:
-        raise ValueError(f"Expected a model that fits its parts in {folder} (got: {e})") from e
-    model.summary = config["training"]
+        model.summary = dict(config["training"])
     return model
 
 
@@ -124,7 +145,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     stored = config.pop("checksum", None)
     if stored != _checksum(config):
         raise ValueError(f"Expected a whole {path} (got another checksum)")
-    for name, digest in config["files"].items():
+    files = config.get("files")
+    if not isinstance(files, dict):
+        raise ValueError(f"Expected the files of a model in {path} (got {files!r})")
+    for name, digest in files.items():
+        if name not in (WEIGHTS, HIERARCHY, CARD):
+            raise ValueError(f"Expected the files of a model in {path} (got {name!r})")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"Expected {name} in {folder} (got no such file)")
         # The card is for people, who may write on it.
@@ -134,6 +160,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"another model)"
             )
     return config
+
+
+def _check_numbers(tensors: dict[str, Tensor]) -> None:
+    kind = tensors["mean"].dtype if "mean" in tensors else None
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype != kind:
+            raise ValueError(f"Expected a model of {kind} (got {tensor.dtype} in '{name}')")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"Expected a model of finite numbers (got NaN or infinity in '{name}')"
+            )
 
 
 def _digest(content: bytes) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -134,7 +135,13 @@ class AttentionPool(PoolingLayer):
         normalization: str = "softmax",
     ):
         super().__init__()
-        if min(num_source, num_target, channels, 1 if k is None else k) < 1:
+        sizes = num_source, num_target, channels, 1 if k is None else k
+        if not all(isinstance(size, int | np.integer) for size in sizes):
+            raise TypeError(
+                f"Expected 'num_source', 'num_target', 'channels' and 'k' to be integers "
+                f"(got {num_source}, {num_target}, {channels} and {k})"
+            )
+        if min(sizes) < 1:
             raise ValueError(
                 f"Expected 'num_source', 'num_target', 'channels' and 'k' to be positive "
                 f"(got {num_source}, {num_target}, {channels} and {k})"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.ops.backend import composing, outside, plain
+from pyg_attnpool.ops.backend import composing, has_version, outside, plain
 from pyg_attnpool.ops.layout import on_rows
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, transpose
 
@@ -224,9 +224,15 @@ def _vector(tensor: Tensor) -> Tensor:
     return tensor.view(1) if tensor.dim() == 0 else tensor
 
 
-def has_version(tensor: Tensor) -> bool:
-    r"""Whether a tensor is one of values, and no batch of buffers, as that of an ensemble."""
-    return plain(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+def weight_of(linear: Any) -> Tensor:
+    r"""The weight of a linear layer that is not called: what :mod:`torch.nn.utils` has put before
+    its call (:func:`~torch.nn.utils.weight_norm`, :func:`~torch.nn.utils.spectral_norm`,
+    :mod:`~torch.nn.utils.prune`) makes the weight first."""
+    for hook in linear._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            hook(linear, ())
+    weight: Tensor = linear.weight
+    return weight
 
 
 def _moved(index: Tensor, fn: Callable[[Tensor], Tensor], empty: int) -> Tensor:
@@ -270,6 +276,8 @@ class VertexLayer(IndexedModule):
             TypeError: If the features are not floating point.
             ValueError: If the shape fits no layout.
         """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Expected features as a tensor (got {type(x).__name__})")
         self._refresh(x.device)
         if self.in_channels is not None and x.size(-1) != self.in_channels:
             raise ValueError(f"Expected {self.in_channels} input channels (got {list(x.shape)})")

@@ -7,7 +7,7 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.nn.base import VertexLayer, check_weight, has_version
+from pyg_attnpool.nn.base import VertexLayer, check_weight, has_version, weight_of
 from pyg_attnpool.ops.cheb import cheb_conv
 from pyg_attnpool.ops.sparse import transpose
 
@@ -112,7 +112,7 @@ class StaticChebConv(VertexLayer):
         zeros(self.bias)
 
     def rows_forward(self, x: Tensor) -> Tensor:
-        weight = torch.stack([lin.weight.t() for lin in self.lins])
+        weight = torch.stack([weight_of(lin).t() for lin in self.lins])
         laplacian = self.rowptr, self.col, self.laplacian
         return cheb_conv(laplacian, x, weight, self.bias)
 

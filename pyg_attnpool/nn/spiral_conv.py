@@ -1,7 +1,7 @@
 from torch import Tensor
 from torch_geometric.nn.dense.linear import Linear
 
-from pyg_attnpool.nn.base import VertexLayer
+from pyg_attnpool.nn.base import VertexLayer, weight_of
 from pyg_attnpool.ops.backend import plain
 from pyg_attnpool.ops.spiral import spiral_conv, spiral_pattern
 
@@ -73,7 +73,7 @@ class SpiralConv(VertexLayer):
         self.lin.reset_parameters()
 
     def rows_forward(self, x: Tensor) -> Tensor:
-        weight = self.lin.weight.view(self.out_channels, self.length, self.in_channels)
+        weight = weight_of(self.lin).view(self.out_channels, self.length, -1)
         pattern = tuple(getattr(self, name) for name in PATTERN)
         return spiral_conv(pattern, x, weight.permute(1, 2, 0), self.lin.bias)
 

@@ -186,3 +186,8 @@ def plain(arg: Any) -> bool:
     r"""Whether an argument has values. Tracing replaces tensors by objects without; an argument
     that is no tensor always has."""
     return not isinstance(arg, Tensor) or (type(arg) in _PLAIN and not arg.is_meta)
+
+
+def has_version(tensor: Tensor) -> bool:
+    r"""Whether a tensor is one of values, and no batch of buffers, as that of an ensemble."""
+    return plain(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

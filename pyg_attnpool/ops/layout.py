@@ -3,6 +3,7 @@ products."""
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 
@@ -42,6 +43,10 @@ def on_rows(x: Tensor, num_nodes: int, op: Callable[[Tensor], Tensor]) -> Tensor
         )
     if not x.is_floating_point():
         raise TypeError(f"Expected floating point features (got {x.dtype})")
+    if x.layout != torch.strided:
+        raise TypeError(f"Expected dense features (got {x.layout})")
+    if x.size(-1) == 0:
+        raise ValueError(f"Expected at least one feature (got {list(x.shape)})")
     y = x if batched else x.view(-1, num_nodes, x.size(1))
     y = op(y.transpose(0, 1)).transpose(0, 1).contiguous()
     return y if batched else y.flatten(0, 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
@@ -85,6 +86,8 @@ def make_trainer(
         "devices": 1,
         "log_every_n_steps": 1,
         "enable_model_summary": False,
+        # A program without a console has no stream to show it on.
+        "enable_progress_bar": sys.stdout is not None,
         **arguments,
         "plugins": [*plugins, _Checkpoints(folder)],
     }
@@ -212,7 +215,7 @@ class _Newest(ModelCheckpoint):
 
 def _shows(arguments: dict[str, Any], callbacks: Sequence[pl.Callback]) -> bool:
     own = any(isinstance(c, pl.callbacks.ProgressBar) for c in callbacks)
-    return arguments.get("enable_progress_bar", True) and not own
+    return arguments["enable_progress_bar"] and not own
 
 
 class _ProgressBar(TQDMProgressBar):

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -93,6 +94,25 @@ def test_read_once_without_h5py_afterwards(tmp_path):
     for file in (tmp_path / "raw").iterdir():
         file.unlink()
     assert torch.equal(DynamicFAUST(tmp_path).vertices, first.vertices)
+
+
+def test_read_again_when_the_content_changes(tmp_path, capsys):
+    write(tmp_path)
+    first = DynamicFAUST(tmp_path).vertices.clone()
+    path = tmp_path / "raw" / "registrations_f.hdf5"
+    size, times = path.stat().st_size, (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    with h5py.File(path, "r+") as file:
+        file["50004_knees"][7, 1, 1] = 0.5
+    os.utime(path, ns=times)
+    assert path.stat().st_size == size and path.stat().st_mtime_ns == times[1]
+    changed = DynamicFAUST(tmp_path)
+    frame = changed.name.index("50004_knees/00001")
+    assert (changed.vertices != first).nonzero().tolist() == [[frame, 7, 1]]
+    # Files that are as they were are not read again, whatever their times say.
+    capsys.readouterr()
+    os.utime(path, ns=(0, 0))
+    assert torch.equal(DynamicFAUST(tmp_path).vertices, changed.vertices)
+    assert capsys.readouterr().out == ""
 
 
 def test_splits_hold_out_sequences_or_what_a_list_names(tmp_path):

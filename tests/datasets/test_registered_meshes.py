@@ -195,11 +195,13 @@ def test_bad_arrays(tmp_path):
         np.savez(path, vertices=bad)
         with pytest.raises(ValueError, match=r"\[M, N, 3\] in .*meshes\.npz"):
             RegisteredMeshes(path, template)
-    for bad in (np.nan, np.inf, 1e300):
+    infinite = r"meshes\.npz \(got NaN or infinity in mesh 4\)"
+    too_large = r"mesh 4 in .*meshes\.npz near the origin"
+    for bad, match in ((np.nan, infinite), (np.inf, infinite), (1e300, too_large)):
         broken = meshes.copy()
         broken[4, 1, 2] = bad
         np.savez(path, vertices=broken)
-        with pytest.raises(ValueError, match=r"meshes\.npz \(got NaN or infinity in mesh 4\)"):
+        with pytest.raises(ValueError, match=match):
             RegisteredMeshes(path, template)
 
 
@@ -413,6 +415,31 @@ def test_folders_alike_but_for_their_content(tmp_path):
     (tmp_path / "b").rename(tmp_path / "a")
     dataset = RegisteredMeshes(tmp_path / "a" / "scans", cache=tmp_path / "c")
     np.testing.assert_allclose(dataset.vertices[0].numpy(), meshes[1], atol=1e-6)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_coordinates_of_maps_are_refused_or_moved_in_double_precision(tmp_path, cached):
+    place, meshes = np.array([500_000.25, 5_400_000.125, 100]), tetrahedra(3)
+    for i, mesh in enumerate(meshes):
+        write_obj(tmp_path / "scans" / f"{i}.obj", mesh + place)
+    cache = {"cache": tmp_path / "cache"} if cached else {}
+    with pytest.raises(ValueError, match=r"0\.obj near the origin.* around .500000\.., 5400000"):
+        RegisteredMeshes(tmp_path / "scans", **cache)
+    for shift in (0, 1):
+        dataset = RegisteredMeshes(tmp_path / "scans", origin=place + shift, **cache)
+        np.testing.assert_allclose(dataset.vertices.numpy(), meshes - shift, atol=1e-7)
+        np.testing.assert_allclose(dataset.template[0], meshes[0] - shift, atol=1e-9)
+    millimetres = RegisteredMeshes(tmp_path / "scans", unit="mm", origin=place, **cache)
+    np.testing.assert_allclose(millimetres.vertices.numpy(), 0.001 * meshes, atol=1e-10)
+    for origin in ([0, 0], [0, 0, np.nan], "here", [0, 0, 1j]):
+        with pytest.raises(ValueError, match="three finite numbers"):
+            RegisteredMeshes(tmp_path / "scans", origin=origin)
+
+    np.save(tmp_path / "scans.npy", meshes + place)
+    with pytest.raises(ValueError, match=r"mesh 0 in .*scans\.npy near the origin"):
+        RegisteredMeshes(tmp_path / "scans.npy", (meshes[0], FACES))
+    with pytest.raises(ValueError, match="'features' or 'origin' of a folder"):
+        RegisteredMeshes(tmp_path / "scans.npy", (meshes[0], FACES), origin=place)
 
 
 def test_the_motion_taken_away_is_kept(tmp_path):

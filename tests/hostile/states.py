@@ -1,15 +1,12 @@
-r"""Hostile states of layers and hostile arguments of operators, seeded.
-
-:obj:`python -m tests.hostile.states START STOP` runs the cases of these numbers. Each is announced
-before it runs, so that the last line of a process that died names the case that killed it.
-"""
+r"""Hostile states of layers and hostile arguments of operators, seeded: each is taken for what it
+is, with the numbers of a dense matrix, or refused."""
 
 import copy
 import io
 import math
 import pickle
 import random
-import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -129,6 +126,17 @@ def check_conv(layer):
         assert_close(a, b)
 
 
+def indices(layer):
+    r"""The indices of a layer: of each, one more than the largest number."""
+    if isinstance(layer, StaticChebConv):
+        return {"rowptr": layer.col.numel() + 1, "col": layer.num_nodes}
+    if isinstance(layer, SpiralConv):
+        return {"spirals": layer.num_nodes}
+    if isinstance(layer, AttentionPool):
+        return {} if layer.prior_index is None else {"prior_index": layer.num_source}
+    return {"index": layer.num_source}
+
+
 def refused(function, *further):
     try:
         function()
@@ -179,8 +187,8 @@ def load(rng):
     check(layer)
     before = copy.deepcopy(layer.state_dict())
     other = copy.deepcopy(layer)
-    for name, index in other._declared.items():
-        getattr(other, name).random_(index.end)
+    for name, end in indices(other).items():
+        getattr(other, name).random_(end)
     for parameter in other.parameters():
         parameter.data.normal_()
     state = {name: tensor.clone() for name, tensor in other.state_dict().items()}
@@ -200,7 +208,7 @@ def load(rng):
         return
     except TORCH:
         pass
-    for name in layer._declared:
+    for name in indices(layer):
         assert getattr(layer, name).dtype == torch.int64
     held = list(layer.state_dict().values())
     whole = all(t.dtype in (torch.float64, torch.int64) and not t.is_meta for t in held)
@@ -213,7 +221,8 @@ def load(rng):
 def refill(layer):
     # The tensors that `to_empty` allocates have no values.
     for tensor in (*layer.parameters(), *layer.buffers()):
-        tensor.data.normal_()
+        if tensor.is_floating_point():
+            tensor.data.normal_()
     if isinstance(layer, StaticChebConv):
         layer.laplacian.fill_(-0.5)
 
@@ -221,7 +230,7 @@ def refill(layer):
 def cast(rng):
     r"""Indices stay long through casts and copies, and results are those of the same matrix."""
     layer = pool(rng, *sizes(rng)) if rng.random() < 0.7 else conv(rng)
-    before = {name: getattr(layer, name).clone() for name in layer._declared}
+    before = {name: getattr(layer, name).clone() for name in indices(layer)}
     for _ in range(rng.randint(1, 4)):
         change = rng.randrange(9)
         if change == 0:
@@ -246,7 +255,7 @@ def cast(rng):
             state = layer.state_dict()
             layer.to("meta").to_empty(device="cpu")
             x = torch.randn(2, layer.num_source, layer.in_channels or 3)
-            if layer._declared:
+            if before:
                 assert refused(lambda layer=layer, x=x: layer(x))
             for name, index in before.items():
                 if name not in state:
@@ -270,7 +279,7 @@ def edit(rng):
     r"""An index that was edited in place is used as it is now, or refused until it is repaired."""
     layer = pool(rng, *sizes(rng)).double()
     check(layer)
-    name = next(iter(layer._declared), None)
+    name = next(iter(indices(layer)), None)
     if name is None:
         layer.search.candidates.fill_(rng.choice([-1, 2**30, -(2**31), layer.num_source]))
         x = torch.randn(layer.num_source, 3, dtype=torch.float64)
@@ -278,7 +287,7 @@ def edit(rng):
         layer.search = None
         check(layer)
         return
-    index, end = getattr(layer, name), layer._declared[name].end
+    index, end = getattr(layer, name), indices(layer)[name]
     place = rng.randrange(index.size(0)), rng.randrange(index.size(1))
     way = rng.randrange(7)
     x = torch.randn(layer.num_source, 3, dtype=torch.float64, requires_grad=True)
@@ -297,8 +306,10 @@ def edit(rng):
         shapes = [index.float(), index.bool(), index[0], index.unsqueeze(0), index[:-1], [1], None]
         setattr(layer, name, rng.choice(shapes))
     else:
-        weight = dict(layer._of_slots)
-        weight = getattr(layer, rng.choice(sorted(weight)))
+        attention = isinstance(layer, AttentionPool)
+        weight = layer.prior_weight if attention else layer.weight
+        if isinstance(layer, WeightedPool) and rng.random() < 0.5:
+            weight = layer.initial_weight
         slots = weight.data
         weight.data = rng.choice([slots[:, :-1], slots[:-1], slots.flatten()[:-1], slots[:0]])
         assert refused(lambda: layer(x).sum().backward(), RuntimeError)
@@ -317,9 +328,9 @@ def edit_conv(rng):
     check_conv(layer)
     x = torch.randn(2, layer.num_source, layer.in_channels, dtype=torch.float64)
     x.requires_grad_()
-    names = [*layer._declared, "lin.weight", "derived"]
+    names = [*indices(layer), "lin.weight", "derived"]
     if isinstance(layer, StaticChebConv):
-        names = [*layer._declared, "laplacian", "bias"]
+        names = [*indices(layer), "laplacian", "bias"]
     name = rng.choice(names)
     if name == "lin.weight":
         layer.lin.weight.data = layer.lin.weight.data[:, :-1]
@@ -342,7 +353,7 @@ def edit_conv(rng):
     else:
         index = getattr(layer, name)
         place = tuple(rng.randrange(n) for n in index.shape)
-        bad = rng.choice([-2, *BAD[1:], layer._declared[name].end])
+        bad = rng.choice([-2, *BAD[1:], indices(layer)[name]])
         (index if rng.random() < 0.5 else index.numpy())[place] = bad
         if isinstance(layer, StaticChebConv) or index._version > 0:
             assert refused(lambda: layer(x).sum().backward())
@@ -492,14 +503,10 @@ def no_number(rng):
 FAMILIES = [load, load, cast, edit, edit_conv, operator, operator, operator, no_number]
 
 
-def main(start, stop):
-    for number in range(start, stop):
-        family = FAMILIES[number % len(FAMILIES)]
-        print(number, family.__name__, flush=True)
-        torch.manual_seed(number)
-        family(random.Random(number))
-    print("done", flush=True)
+def name(number: int) -> str:
+    return FAMILIES[number % len(FAMILIES)].__name__
 
 
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+def case(number: int, folder: Path) -> None:
+    torch.manual_seed(number)
+    FAMILIES[number % len(FAMILIES)](random.Random(number))

@@ -35,6 +35,31 @@ def test_stl_gives_the_same_triangles(tmp_path):
     assert (np.diff(first) > 0).all()  # in the order of first appearance
 
 
+@pytest.mark.parametrize(
+    "place, size, message",
+    [
+        ([5e5, 5.4e6, 100], 1, r"up to 0\.19 on a mesh of size 2 \(got coordinates around"),
+        (0, 1e200, "up to inf"),
+        (0, 1e-300, "up to"),
+    ],
+)
+def test_stl_takes_no_mesh_that_it_would_change(tmp_path, place, size, message):
+    vertices, faces = icosphere(1)
+    vertices = size * vertices + place
+    with pytest.raises(ValueError, match=rf"mesh\.stl near the origin.*{message}"):
+        write_mesh(tmp_path / "mesh.stl", vertices, faces)
+    write_mesh(tmp_path / "mesh.ply", vertices, faces)
+    np.testing.assert_array_equal(read_mesh(tmp_path / "mesh.ply")[0], vertices)
+    assert [p.name for p in tmp_path.iterdir()] == ["mesh.ply"]
+
+
+def test_stl_keeps_vertices_apart(tmp_path):
+    vertices, faces = icosphere(1)
+    vertices[1] = vertices[faces[0, 0]] * (1 + 1e-12)  # in double precision another place
+    with pytest.raises(ValueError, match="some that become one"):
+        write_mesh(tmp_path / "mesh.stl", vertices, faces)
+
+
 def test_obj_with_everything(tmp_path, capfd):
     path = write(
         tmp_path / "mesh.obj",

@@ -162,9 +162,41 @@ def change_by_a_hook(model):
     model.autoencoder.out_conv.register_forward_hook(lambda module, args, out: 2 * out)
 
 
+def change_statistics_by_data(model):
+    model.mean.data[0] += 1
+
+
+def change_a_mapping_by_numpy(model):
+    model.autoencoder.unpools[0].weight.numpy()[0] += 1
+
+
+def change_a_laplacian_by_data(model):
+    model.autoencoder.out_conv.laplacian.data *= 2
+
+
+def change_an_index(model):
+    index = model.autoencoder.unpools[0].index
+    index[:] = index.flip(0)
+
+
+def change_an_index_tensor(model):
+    model.autoencoder.unpools[0].index = model.autoencoder.unpools[0].index.flip(0)
+
+
+def change_a_method(model):
+    forward = model.autoencoder.out_conv.forward
+    model.autoencoder.out_conv.forward = lambda *args, **kwargs: 2 * forward(*args, **kwargs)
+
+
 @pytest.mark.parametrize(
     "change",
     [
+        change_statistics_by_data,
+        change_a_mapping_by_numpy,
+        change_a_laplacian_by_data,
+        change_an_index,
+        change_an_index_tensor,
+        change_a_method,
         change_in_place,
         change_by_a_fused_optimizer,
         change_by_data,

@@ -148,7 +148,12 @@ def test_bad_arguments(hierarchy):
         MorphableModel(network, blob(1, seed=0))
     with pytest.raises(ValueError, match="'template'"):
         MorphableModel(PCA(meshes(9), 2))
+    far = hierarchy.vertices[0] + [500_000, 5_400_000, 100], hierarchy.faces[0]
+    with pytest.raises(ValueError, match="a template near the origin"):
+        MorphableModel.pca(far)
     model = MorphableModel(network)
+    with pytest.raises(ValueError, match="mesh 2 near the origin"):
+        model.fit(torch.cat([meshes(2).double(), torch.from_numpy(far[0]).unsqueeze(0)]))
     for x in (torch.zeros(162, 3), torch.zeros(1, 162, 4), torch.zeros(1, 161, 3)):
         with pytest.raises(ValueError, match=r"meshes of shape \['B', 162, 3\]"):
             model.encode(x)

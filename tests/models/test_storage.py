@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -260,11 +261,37 @@ def test_what_does_not_fit_is_named(tmp_path, hierarchy):
         (dict(template="0" * 64), "another template"),
         (dict(hierarchy="0" * 64), "another hierarchy"),
     ]
-    for change, match in cases:
-        make_model(hierarchy).save(tmp_path)
-        edit(tmp_path, **change)
+    for i, (change, match) in enumerate(cases):
+        make_model(hierarchy).save(tmp_path / str(i))
+        edit(tmp_path / str(i), **change)
         with pytest.raises(ValueError, match=f"Expected .*{match}"):
-            MorphableModel.load(tmp_path)
+            MorphableModel.load(tmp_path / str(i))
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "last.ckpt", ".git", "README.md", "config.json"])
+def test_only_a_model_is_replaced(tmp_path, hierarchy, name):
+    model, folder = make_model(hierarchy), tmp_path / "folder"
+    folder.mkdir()
+    for _ in range(2):  # alone, and beside a model
+        (folder / name).write_text('{"format": "of another program"}')
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ValueError, match=f"of a model.*(got .*{re.escape(name)}|config.json)"):
+            model.save(folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        assert names(tmp_path) == ["folder"]
+        if name in FILES:
+            break
+        (folder / name).unlink()
+        model.save(folder)
+
+
+def test_the_working_folder_is_no_place_for_a_model(tmp_path, hierarchy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="working folder"):
+        make_model(hierarchy).save(".")
+    make_model(hierarchy).save("model/../face")
+    assert names(tmp_path) == ["face"]
+    assert "# face" in (tmp_path / "face" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -272,7 +299,6 @@ def test_what_does_not_fit_is_named(tmp_path, hierarchy):
     [
         ("autoencoder.pools.0.index", 2**40, "pools.0.index' of vertices from 0 to"),
         ("autoencoder.pools.0.index", -1, "pools.0.index' of vertices from 0 to"),
-        ("autoencoder.pools.0.weight", float("nan"), "finite"),
         ("faces", 2**40, "'faces' of vertices from 0 to|another template"),
     ],
 )
@@ -283,6 +309,16 @@ def test_indices_and_weights_out_of_range_are_named(tmp_path, hierarchy, name, v
     model.save(tmp_path)
     with pytest.raises(ValueError, match=match):
         MorphableModel.load(tmp_path)
+
+
+def test_numbers_that_are_none_are_not_written(tmp_path, hierarchy):
+    model = make_model(hierarchy)
+    model.save(tmp_path / "model")
+    with torch.no_grad():
+        model.autoencoder.from_latent.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in 'autoencoder.from_latent.weight'"):
+        model.save(tmp_path / "model")
+    assert MorphableModel.load(tmp_path / "model")(inputs(model)).isfinite().all()
 
 
 def test_folders_of_before_are_refused_with_a_way_out(tmp_path):

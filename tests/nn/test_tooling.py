@@ -25,10 +25,11 @@ from pyg_attnpool import (
     StaticChebConv,
     freeze,
 )
-from pyg_attnpool.models import coma, neural3dmm
+from pyg_attnpool.models import MeshAutoencoder, coma, neural3dmm
+from pyg_attnpool.nn.base import VertexLayer
 from pyg_attnpool.nn.learned_pools import DiffPool, FullPool, WeightedPool
 from pyg_attnpool.ops import reference
-from tests.mesh.meshes import blob
+from tests.mesh.meshes import blob, icosphere
 
 N, M, B, F = 18, 7, 2, 3
 ring = torch.arange(N)
@@ -54,6 +55,23 @@ def spirals():
     return torch.randint(-1, N, (N, 4))
 
 
+def network(make, pool):
+    r"""A whole autoencoder with its hierarchy, small enough for second derivatives."""
+    keys = {"channels": 3} if pool == "attention" else {}
+    kwargs = {"down_kwargs": keys, "up_kwargs": keys | ({"k": 4} if keys else {})}
+    hierarchy = MeshHierarchy.from_template(icosphere(0), factors=[2])
+    return make(
+        hierarchy,
+        pool,
+        2,
+        channels=(2,),
+        activation="elu",  # of one derivative everywhere
+        expand_activation="elu",
+        **({"K": 3} if make is coma else {}),
+        **kwargs,
+    )
+
+
 LAYERS = {
     "MappingPool": lambda: MappingPool(mapping()),
     "WeightedPool": lambda: WeightedPool(mapping()),
@@ -68,15 +86,39 @@ LAYERS = {
     "SpiralConv": lambda: SpiralConv(F, 4, spirals()),
     "SpiralConv, narrow": lambda: SpiralConv(F, 2, spirals()),
     "ChebConv of PyG": OnGraph,
+    "CoMA, QEM": lambda: network(coma, "qem"),
+    "CoMA, attention": lambda: network(coma, "attention"),
+    "Neural3DMM, attention": lambda: network(neural3dmm, "attention"),
 }
 
 
+def features(module):
+    r"""Two samples that a layer or a network takes."""
+    num = module.num_vertices[0] if isinstance(module, MeshAutoencoder) else N
+    return torch.randn(B, num, F, dtype=torch.float64)
+
+
 def dense_mapping(mapping):
-    row = torch.arange(M).unsqueeze(1).expand_as(mapping.index)
-    return mapping.weight.new_zeros(M, N).index_put((row, mapping.index), mapping.weight, True)
+    row = torch.arange(len(mapping.index)).unsqueeze(1).expand_as(mapping.index)
+    matrix = mapping.weight.new_zeros(len(mapping.index), mapping.num_source)
+    return matrix.index_put((row, mapping.index), mapping.weight, True)
 
 
-class Dense(torch.nn.Module):
+def Dense(module):
+    r"""The same by dense matrices, on the parameters of the module: of a network, layer by layer
+    in its place."""
+    if not isinstance(module, MeshAutoencoder):
+        return DenseLayer(module)
+    parameters = {id(p): p for p in module.parameters()}
+    twin = copy.deepcopy(module, parameters)
+    for name, layer in list(twin.named_modules()):
+        if isinstance(layer, VertexLayer):
+            place, _, last = name.rpartition(".")
+            setattr(twin.get_submodule(place), last, DenseLayer(layer))
+    return twin
+
+
+class DenseLayer(torch.nn.Module):
     r"""The same layer by dense matrices, on the parameters of the layer, under their names."""
 
     def __init__(self, layer):
@@ -85,7 +127,9 @@ class Dense(torch.nn.Module):
         for name, parameter in layer.named_parameters():
             self.register_parameter(name.replace(".", "_"), parameter)
 
-    def forward(self, x):
+    def forward(self, x, rows=False):
+        if rows:
+            return self(x.transpose(0, 1)).transpose(0, 1)
         layer, batched = self.layer[0], x if x.dim() == 3 else x.unsqueeze(0)
         y = self.dense(layer, batched)
         return y if x.dim() == 3 else y.squeeze(0)
@@ -93,10 +137,12 @@ class Dense(torch.nn.Module):
     def chebyshev(self, layer, x, prefix):
         conv = layer.conv if prefix else layer
         row = torch.repeat_interleave(conv.rowptr.diff())
-        matrix = torch.zeros(N, N, dtype=x.dtype).index_put((row, conv.col), conv.laplacian, True)
+        matrix = x.new_zeros(conv.num_nodes, conv.num_nodes)
+        matrix = matrix.index_put((row, conv.col), conv.laplacian, True)
         names = [f"{prefix}lins_{i}_weight" for i in range(len(conv.lins))]
         weight = torch.stack([getattr(self, name).t() for name in names])
-        return reference.chebyshev(matrix, weight, x) + getattr(self, f"{prefix}bias")
+        y = reference.chebyshev(matrix, weight, x)
+        return y if conv.bias is None else y + getattr(self, f"{prefix}bias")
 
     def dense(self, layer, x):
         if isinstance(layer, OnGraph):
@@ -111,7 +157,8 @@ class Dense(torch.nn.Module):
             return assignment.transpose(1, 2) @ x
         if isinstance(layer, SpiralConv):
             padded = torch.cat([x, torch.zeros_like(x[:, :1])], dim=1)
-            return padded[:, layer.spirals].flatten(2) @ self.lin_weight.t() + self.lin_bias
+            y = padded[:, layer.spirals].flatten(2) @ self.lin_weight.t()
+            return y if layer.lin.bias is None else y + self.lin_bias
         if isinstance(layer, MappingPool):
             matrix = dense_mapping(layer.mapping())
         elif isinstance(layer, WeightedPool):
@@ -124,7 +171,9 @@ class Dense(torch.nn.Module):
             log_beta, k = getattr(self, "log_beta", None), layer.k or N
             matrix = reference.attention(self.query, self.key, k, log_beta)
             if layer.prior_index is not None:
-                prior = dense_mapping(Mapping(layer.prior_index, layer.prior_weight, N))
+                prior = dense_mapping(
+                    Mapping(layer.prior_index, layer.prior_weight, layer.num_source)
+                )
                 matrix = reference.fuse(matrix, prior, self.fusion_weight)
         return torch.einsum("mn,bnf->bmf", matrix, x)
 
@@ -140,17 +189,22 @@ def twin(layer):
 
 
 @pytest.fixture
-def x():
-    return torch.randn(B, N, F, dtype=torch.float64)
+def x(request):
+    return features(request.getfixturevalue("layer") if "layer" in request.fixturenames else None)
 
 
 def parameters(module):
-    return {name.replace(".", "_"): p.detach() for name, p in module.named_parameters()}
+    return {_name(name): p.detach() for name, p in module.named_parameters()}
+
+
+def _name(name):
+    # The same in a layer and in its twin, also within a network.
+    return name.replace(".", "_")
 
 
 def called(module, parameters, x):
     r"""A call with other parameters, whose names have dots replaced."""
-    names = {name.replace(".", "_"): name for name, _ in module.named_parameters()}
+    names = {_name(name): name for name, _ in module.named_parameters()}
     return functional_call(module, {names[key]: p for key, p in parameters.items()}, (x,))
 
 

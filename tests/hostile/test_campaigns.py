@@ -1,0 +1,52 @@
+r"""Every family of hostile cases: some thousand in every run, and ten thousand of each that draws
+its cases in the long one."""
+
+import pytest
+
+from tests.hostile.campaign import campaign
+from tests.hostile.claims import NAMES
+from tests.hostile.tools import PAIRS
+
+# Of some ten milliseconds each, but for the folders, of which some are trained in.
+SOME = {"files": 1000, "states": 600, "folders": 250, "geometry": 250}
+ALL = {"claims": len(NAMES), "tools": len(PAIRS)}
+PART = 2500
+
+
+def failures(family, start, stop):
+    found = list(campaign(family, start, stop))
+    assert len(found) == stop - start
+    return [result for result in found if result.verdict != "held"]
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_cases(family):
+    assert failures(family, 0, SOME[family]) == []
+
+
+@pytest.mark.parametrize("family", ALL)
+def test_every_case(family):
+    assert failures(family, 0, ALL[family]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", range(0, 10_000, PART))
+@pytest.mark.parametrize("family", SOME)
+def test_ten_thousand_cases(family, start):
+    assert failures(family, start, start + PART) == []
+
+
+def test_what_becomes_of_cases_is_told(tmp_path):
+    r"""The campaign itself: whatever a case does, the next one runs."""
+    found = list(campaign("examples", 0, 7, seconds=5))
+    assert [result.verdict for result in found] == [
+        "held",
+        "wrong",
+        "another error",
+        "out of memory",
+        "hangs",
+        "dies",
+        "held",
+    ]
+    assert [result.number for result in found] == list(range(7))
+    assert found[1].said == "case 1: two is three"
