@@ -158,7 +158,7 @@ class Skin:
         seed: int,
     ):
         self.vertices, self.faces, self.scale, self.detail = vertices, faces, scale, detail
-        self.mass, self.stiffness = _operators(vertices, faces)
+        self.mass, self.stiffness = operators(vertices, faces)
         self.solvers: dict[float, Any] = {}
         edges = _edges(faces, len(vertices))
         self.average = diags(1 / np.maximum(edges.sum(axis=1).A1, 1)) @ edges
@@ -338,8 +338,13 @@ def _to_vertices(x: ndarray, faces: ndarray, num: int) -> ndarray:
     return csr_matrix((np.ones(faces.size), (faces.ravel(), rows)), (num, len(faces))) @ x
 
 
-def _operators(vertices: ndarray, faces: ndarray) -> tuple[csr_matrix, csr_matrix]:
-    # Lumped mass and cotangent stiffness of a surface.
+def operators(vertices: ndarray, faces: ndarray) -> tuple[csr_matrix, csr_matrix]:
+    r"""Lumped mass and cotangent stiffness of a surface, :obj:`[N, N]` each.
+
+    Args:
+        vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
+        faces (numpy.ndarray): Faces :obj:`[F, 3]`.
+    """
     n = len(vertices)
     a, b, c = (vertices[faces[:, i]] for i in range(3))
     area = np.linalg.norm(np.cross(b - a, c - a), axis=1) / 2
