@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from benchmarks.peers.data import SETS
 from benchmarks.peers.networks import MLP, TokenMixer
 from benchmarks.peers.surface import edge_error, normal_angle, roughness
 from pyg_attnpool import MeshHierarchy, MorphableModel
-from pyg_attnpool.datasets import AnnyBodies, AnnyFaces, AnnyHands
 from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.models import PCA, coma, modal, neural3dmm
@@ -66,12 +66,6 @@ PEERS = {
     "modal, QEM": Peer(lambda h, n: modal(h, "qem", n), 3e-3),
     "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0), 3e-3),
     "modal, no further modes": Peer(lambda h, n: modal(h, "qem", n, modes=0, level=0), 3e-3),
-}
-
-SETS: dict[str, Callable[[Path], Any]] = {
-    "faces": lambda root: AnnyFaces(root / "AnnyFaces", frames=20),
-    "bodies": lambda root: AnnyBodies(root / "AnnyBodies", frames=20),
-    "hands": lambda root: AnnyHands(root / "AnnyHands", meshes=3000),
 }
 
 KEYS = ("data", "meshes", "latent", "peer", "steps", "seed")

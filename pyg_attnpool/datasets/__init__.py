@@ -1,5 +1,6 @@
 from pyg_attnpool.datasets.align import Alignment, align, looks_unaligned
 from pyg_attnpool.datasets.anny.bodies import AnnyBodies
+from pyg_attnpool.datasets.anny.detail import Detail
 from pyg_attnpool.datasets.anny.faces import AnnyFaces
 from pyg_attnpool.datasets.anny.hands import AnnyHands
 from pyg_attnpool.datasets.coma import CoMA
@@ -15,6 +16,7 @@ __all__ = [
     "AnnyFaces",
     "AnnyHands",
     "CoMA",
+    "Detail",
     "DynamicFAUST",
     "MeshDataset",
     "RegisteredMeshes",

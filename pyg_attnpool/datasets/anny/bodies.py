@@ -1,13 +1,14 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.datasets.anny.meshes import AnnySequences
+from pyg_attnpool.datasets.anny.detail import BODIES, Detail, Muscle, Skin, Surface
+from pyg_attnpool.datasets.anny.meshes import AnnySequences, smoothstep
 from pyg_attnpool.datasets.anny.model import CHUNK, AnnyModel
 from pyg_attnpool.datasets.anny.motions import MOTIONS, draw_motion, rotation_vectors
 from pyg_attnpool.datasets.cache import Source
@@ -35,6 +36,30 @@ CHANGES = (
     r"(buttocks-volume|hip-(scale|waist)|lowerarm|lowerleg|measure-(?!neck)|stomach-tone|"
     r"torso-(muscle|scale|vshape)|upperarm|upperleg|chin|ear|forehead|head-(fat|scale)|mouth|nose)"
 )
+
+# Of the left side; those of limbs are on the right, too. A body faces z.
+MUSCLES = (
+    Muscle(("upperarm01", "upperarm02"), (0, 0, 1), "elbow", (0, 100), 0.012),
+    Muscle(("shoulder01", "upperarm01"), (0.5, 1, 0), "arm_out", (-25, 100), 0.010),
+    Muscle(("lowerarm01",), (0, 0, 1), "fist", (15, 90), 0.005),
+    Muscle(("upperleg01", "upperleg02"), (0, 0, 1), "leg_front", (0, 90), 0.012),
+    Muscle(("upperleg01", "upperleg02"), (0, 0, -1), "knee", (0, 100), 0.010),
+    Muscle(("lowerleg01",), (0, 0, -1), "toes_up", (0, -30), 0.008),
+)
+
+# Flesh that lags behind: where it is, and how far it swings, of that of a belly.
+SOFT = (
+    (("spine05", "spine04"), (0, 0, 1), 1.0),
+    (("spine02", "spine01"), (0, 0, 1), 0.8),
+    (("pelvis.L", "pelvis.R", "root"), (0, 0, -1), 0.8),
+    (("upperleg01.L", "upperleg01.R"), (0, 0, 1), 0.5),
+    (("upperarm01.L", "upperarm01.R"), (0, -1, 0), 0.4),
+)
+DURATION = 4.0  # seconds of a sequence
+STEP = 0.02  # seconds between the frames that accelerations are taken from
+LAG = 0.06  # seconds by which flesh is late
+FREQUENCY = 4.5  # at which flesh swings by itself, in hertz
+LARGEST = 0.02  # metres
 
 
 class AnnyBodies(AnnySequences):
@@ -65,6 +90,11 @@ class AnnyBodies(AnnySequences):
             :obj:`286` makes 40,040 (3.3 GB), the size of Dynamic FAUST. (default: :obj:`20`)
         seed (int, optional): Seed of the subjects and their motion. (default: :obj:`0`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        detail (bool or Detail, optional): What scans have beside smooth shapes: folds where the
+            skin is compressed, muscles that swell as joints bend and flesh that lags behind, a
+            surface of every subject's own, noise; see
+            :class:`~pyg_attnpool.datasets.anny.Detail`. It is stored in a file of its own.
+            (default: :obj:`False`)
 
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
@@ -84,12 +114,12 @@ class AnnyBodies(AnnySequences):
     expressions = tuple(MOTIONS)
 
     @staticmethod
-    def source(folder: Path, number: int, seed: int) -> Source:
-        return _Bodies(folder, number, seed)
+    def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        return _Bodies(folder, size["frames"], seed, detail)
 
 
 class _Bodies:
-    def __init__(self, folder: Path, frames: int, seed: int):
+    def __init__(self, folder: Path, frames: int, seed: int, detail: Detail | None = None):
         self.model = AnnyModel(folder, "AnnyBodies", rig="anny", topology="anny-noeyes-notongue")
         self.sizes = [frames] * (NUM_SUBJECTS * len(MOTIONS))
         self.labels: dict[str, list[Any]] = {}
@@ -100,13 +130,30 @@ class _Bodies:
         ((kept, faces),) = decimate(adult, self.model.faces, [NUM_VERTICES])
         self.template = adult[kept], faces
         self.model.keep(kept)
+        self.skin = Skin(*self.template, BODIES, detail, seed) if detail else None
+        if self.skin:
+            self.muscles = {
+                (i, side): self.skin.muscle(
+                    self._belonging([f"{bone}.{side}" for bone in muscle.bones]),
+                    np.array(muscle.side) * [1 if side == "L" else -1, 1, 1],
+                )
+                for i, muscle in enumerate(MUSCLES)
+                for side in "LR"
+            }
+            shapes = [
+                share * self.skin.muscle(self._belonging(bones), np.array(side))
+                for bones, side, share in SOFT
+            ]
+            self.soft = np.max(shapes, axis=0)
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         first, skipped = divmod(start, len(MOTIONS))
         for s in range(first, NUM_SUBJECTS):
             shape = self._shape(s)
+            surface = self.skin.subject(s) if self.skin else None
             for m in range(skipped, len(MOTIONS)):
-                yield self._sequence(s, m, shape)
+                x = self._sequence(s, m, shape)
+                yield x if surface is None else self._detailed(s, m, x, shape, surface)
             skipped = 0
 
     def transferred(self, source: int, target: int, expression: int) -> ndarray:
@@ -118,11 +165,51 @@ class _Bodies:
         ranges = {"gender": GENDERS["mf"[s % 2]], **PHENOTYPES}
         return self.model.draw_shape(rng, ranges, CHANGES, 0.01)
 
-    def _sequence(self, s: int, m: int, shape: dict[str, ndarray]) -> ndarray:
+    def _belonging(self, bones: Sequence[str]) -> ndarray:
+        # How much of every vertex moves with these bones.
+        model = self.model.model
+        numbers = [model.bone_labels.index(bone) for bone in bones]
+        return model.dense_vertex_bone_weights[:, numbers].sum(dim=1).numpy()
+
+    def _detailed(
+        self, s: int, m: int, x: ndarray, shape: dict[str, ndarray], surface: Surface
+    ) -> ndarray:
+        assert self.skin is not None
+        angles = self._angles(s, m, self.time)
+        bulges = np.zeros(x.shape[:2])
+        for (i, side), muscle in self.muscles.items():
+            low, high = MUSCLES[i].degrees
+            bent = smoothstep((angles[f"{MUSCLES[i].joint}.{side}"] - low) / (high - low))
+            bulges += MUSCLES[i].height * bent[:, None] * muscle
+        # Flesh swings as far as its inertia bends a spring, a little later.
+        step = STEP / DURATION
+        late = self.time - LAG / DURATION
+        before, now, after = (
+            self._posed(self._angles(s, m, late + i * step), shape).astype(float)
+            for i in (-1, 0, 1)
+        )
+        # The root of a skeleton stands still here; the ground is where the lowest vertex is.
+        for mesh in (before, now, after):
+            mesh[..., 1] -= mesh[..., 1].min(axis=1, keepdims=True)
+        acceleration = (after - 2 * now + before) / STEP**2
+        swing = -acceleration / (2 * np.pi * FREQUENCY) ** 2
+        length = np.linalg.norm(swing, axis=-1, keepdims=True)
+        swing *= LARGEST * np.tanh(length / LARGEST) / np.maximum(length, 1e-9)
+        jiggle = self.soft[:, None] * swing
+        neutral = self.model(shape)[0]
+        return self.skin(x.astype(float), neutral, surface, (s, m), bulges, jiggle)
+
+    def _angles(self, s: int, m: int, time: ndarray) -> dict[str, ndarray]:
         rng = np.random.default_rng([self.seed, s, m + 1])
-        turns = rotation_vectors(draw_motion(rng, list(MOTIONS)[m], self.time))
+        return draw_motion(rng, list(MOTIONS)[m], time)
+
+    def _sequence(self, s: int, m: int, shape: dict[str, ndarray]) -> ndarray:
+        return self._posed(self._angles(s, m, self.time), shape)
+
+    def _posed(self, angles: dict[str, ndarray], shape: dict[str, ndarray]) -> ndarray:
+        turns = rotation_vectors(angles)
         block = np.empty((len(self.time), NUM_VERTICES, 3), dtype=np.float32)
         for i in range(0, len(block), CHUNK):
-            angles = {bone: turn[i : i + CHUNK] for bone, turn in turns.items()}
-            block[i : i + CHUNK] = self.model(shape, angles=angles)
+            part = {bone: turn[i : i + CHUNK] for bone, turn in turns.items()}
+            block[i : i + CHUNK] = self.model(shape, angles=part)
         return block

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy import ndarray
 
+from pyg_attnpool.datasets.anny.detail import FACES, Detail, Skin, Surface
 from pyg_attnpool.datasets.anny.meshes import AnnySequences, smoothstep
 from pyg_attnpool.datasets.anny.model import AnnyModel
 from pyg_attnpool.datasets.cache import Source
@@ -117,10 +118,16 @@ class AnnyFaces(AnnySequences):
             :obj:`140` makes 20,160 (1.1 GB), the size of COMA. (default: :obj:`20`)
         seed (int, optional): Seed of the subjects and their motion. (default: :obj:`0`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        detail (bool or Detail, optional): What scans have beside smooth shapes: folds where the
+            skin is compressed, tissue that bulges, a fine surface and a way to move of every
+            subject's own, noise; see :class:`~pyg_attnpool.datasets.anny.Detail`. It is stored in a
+            file of its own. (default: :obj:`False`)
+        num_subjects (int, optional): The number of subjects, of which fewer are the first of more.
+            (default: :obj:`12`)
 
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
-        ValueError: If :obj:`frames` is not positive or :obj:`seed` negative.
+        ValueError: If :obj:`frames` or :obj:`num_subjects` is not positive or :obj:`seed` negative.
 
     Example:
         >>> from pyg_attnpool.datasets import AnnyFaces
@@ -135,33 +142,67 @@ class AnnyFaces(AnnySequences):
     subjects = tuple(f"{s:02d}" for s in range(NUM_SUBJECTS))
     expressions = tuple(EXPRESSIONS)
 
+    def __init__(
+        self,
+        root: str | Path,
+        frames: int = 20,
+        seed: int = 0,
+        transform: Callable | None = None,
+        detail: bool | Detail = False,
+        num_subjects: int = NUM_SUBJECTS,
+    ):
+        if num_subjects != NUM_SUBJECTS:
+            self.subjects = tuple(f"{s:02d}" for s in range(num_subjects))
+        # No part of the file's name and settings unless it is another number than ever.
+        size = {} if num_subjects == NUM_SUBJECTS else {"subjects": num_subjects}
+        super().__init__(root, frames, seed, transform, detail, **size)
+
     @staticmethod
-    def source(folder: Path, number: int, seed: int) -> Source:
-        return _Faces(folder, number, seed)
+    def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        subjects = size.get("subjects", NUM_SUBJECTS)
+        return _Faces(folder, size["frames"], seed, detail, subjects)
 
 
 class _Faces:
-    def __init__(self, folder: Path, frames: int, seed: int):
+    def __init__(
+        self,
+        folder: Path,
+        frames: int,
+        seed: int,
+        detail: Detail | None = None,
+        num_subjects: int = NUM_SUBJECTS,
+    ):
         self.head = AnnyModel(folder, "AnnyFaces", **RIG)
-        self.sizes = [frames] * (NUM_SUBJECTS * len(EXPRESSIONS))
+        self.num_subjects = num_subjects
+        self.sizes = [frames] * (num_subjects * len(EXPRESSIONS))
         self.labels: dict[str, list[Any]] = {}
         # 'frames' decides where the sequences are sampled, never what is drawn for them.
         self.time = (np.arange(frames) + 0.5) / frames
         self.seed = seed
         adult = self.head(self.head.average_adult())[0]
         self.template = adult - adult.mean(axis=0), self.head.faces
+        self.skin = Skin(*self.template, FACES, detail, seed) if detail else None
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         first, skipped = divmod(start, len(EXPRESSIONS))
-        for s in range(first, NUM_SUBJECTS):
+        for s in range(first, self.num_subjects):
             subject = self._subject(s)
+            surface = self.skin.subject(s) if self.skin else None
             for e in range(skipped, len(EXPRESSIONS)):
-                yield self._sequence(s, e, subject, subject)
+                x = self._sequence(s, e, subject, subject)
+                yield x if surface is None else self._detailed(s, e, x, subject[0], surface)
             skipped = 0
 
     def transferred(self, source: int, target: int, expression: int) -> ndarray:
         r"""The sequence of an expression as one subject makes it, on the shape of another."""
         return self._sequence(source, expression, self._subject(source), self._subject(target))
+
+    def _detailed(
+        self, s: int, e: int, x: ndarray, shape: dict[str, ndarray], surface: Surface
+    ) -> ndarray:
+        assert self.skin is not None
+        neutral = self.head(shape)[0]
+        return self.skin(x, neutral - neutral.mean(axis=0), surface, (s, e))
 
     def _subject(self, s: int) -> tuple[dict[str, ndarray], ndarray, str]:
         # The shape of a subject, the style of its motion, and the side that it prefers.

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ import numpy as np
 from numpy import ndarray
 from scipy.spatial.transform import Rotation
 
-from pyg_attnpool.datasets.anny.meshes import AnnyMeshes
+from pyg_attnpool.datasets.anny.detail import HANDS, Detail, Muscle, Skin
+from pyg_attnpool.datasets.anny.meshes import AnnyMeshes, smoothstep
 from pyg_attnpool.datasets.anny.model import CHUNK, AnnyModel
 from pyg_attnpool.datasets.cache import Source
 
@@ -52,6 +53,20 @@ THUMB_AXIS = (0.42, 0.78, 0.47)
 WRIST_BEND = (1.0, 0.0, 0.0)
 WRIST_SIDE = (0.0, 0.0, -1.0)  # towards the thumb
 
+# Flesh on the palm's side; of fingers it is that of the one from the index on.
+MUSCLES = (
+    Muscle(("finger1-1",), (0.5, 0, 1), "thumb_root", (-12, 22), 0.003),
+    Muscle(
+        ("metacarpal1", "metacarpal2", "metacarpal3", "metacarpal4"),
+        (0, 0, 1),
+        "knuckle",
+        (0, 70),
+        0.0015,
+    ),
+    *(Muscle((f"finger{i}-1",), (0, 0, 1), f"middle {i - 2}", (0, 90), 0.002) for i in range(2, 6)),
+)
+PEOPLE = 20  # whose skin hands have
+
 
 class AnnyHands(AnnyMeshes):
     r"""Right hands of random shape and pose, laid out as the SYNHAND data set is: every mesh is
@@ -76,6 +91,10 @@ class AnnyHands(AnnyMeshes):
             the size of SYNHAND, 1.9 GB. (default: :obj:`3000`)
         seed (int, optional): Seed of shapes and poses. (default: :obj:`0`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        detail (bool or Detail, optional): What scans have beside smooth shapes: folds where the
+            skin is compressed, flesh that swells as joints bend, one of 20 surfaces, noise; see
+            :class:`~pyg_attnpool.datasets.anny.Detail`. It is stored in a file of its own.
+            (default: :obj:`False`)
 
     Raises:
         ImportError: If the data set is to be made and :obj:`anny` is not installed.
@@ -98,16 +117,17 @@ class AnnyHands(AnnyMeshes):
         meshes: int = 3000,
         seed: int = 0,
         transform: Callable | None = None,
+        detail: bool | Detail = False,
     ):
-        super().__init__(root, {"meshes": meshes}, seed, {}, transform)
+        super().__init__(root, {"meshes": meshes}, seed, {}, transform, detail)
 
     @staticmethod
-    def source(folder: Path, number: int, seed: int) -> Source:
-        return _Hands(folder, number, seed)
+    def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        return _Hands(folder, size["meshes"], seed, detail)
 
 
 class _Hands:
-    def __init__(self, folder: Path, meshes: int, seed: int):
+    def __init__(self, folder: Path, meshes: int, seed: int, detail: Detail | None = None):
         self.model = AnnyModel(folder, "AnnyHands", rig="anny-hand.R", topology="hand.R")
         self.sizes = [min(BLOCK, meshes - i) for i in range(0, meshes, BLOCK)]
         self.labels: dict[str, list[Any]] = {}
@@ -115,19 +135,54 @@ class _Hands:
         # Anny turns the bones of a part of the body about the axes of the whole one.
         self.axes = self.model.model.reference_bone_orientations[0].numpy()
         self.template = self._turned(self.model(self.model.average_adult()))[0], self.model.faces
+        self.skin = Skin(*self.template, HANDS, detail, seed) if detail else None
+        if self.skin:
+            self.people = [self.skin.subject(i) for i in range(PEOPLE)]
+            weights, names = (
+                self.model.model.dense_vertex_bone_weights,
+                self.model.model.bone_labels,
+            )
+            self.muscles = [
+                self.skin.muscle(
+                    weights[:, [names.index(f"{b}.R") for b in muscle.bones]].sum(dim=1).numpy(),
+                    np.array(muscle.side),
+                )
+                for muscle in MUSCLES
+            ]
 
     def blocks(self, start: int) -> Iterator[ndarray]:
         for i in range(start, len(self.sizes)):
             rng = np.random.default_rng([self.seed, i])
             shapes = [self.model.draw_shape(rng, PHENOTYPES, CHANGES, 0.004) for _ in range(BLOCK)]
             shape = {key: np.concatenate([s[key] for s in shapes]) for key in shapes[0]}
-            turns = rotation_vectors(draw_poses(rng, BLOCK), self.axes)
+            poses = draw_poses(rng, BLOCK)
+            turns = rotation_vectors(poses, self.axes)
             hands = []
             for j in range(0, BLOCK, CHUNK):
                 part = slice(j, j + CHUNK)
                 angles = {bone: turn[part] for bone, turn in turns.items()}
                 hands.append(self.model({k: v[part] for k, v in shape.items()}, angles=angles))
-            yield self._turned(np.concatenate(hands)[: self.sizes[i]])
+            block = self._turned(np.concatenate(hands)[: self.sizes[i]])
+            yield block if self.skin is None else self._detailed(i, block, shape, poses)
+
+    def _detailed(
+        self, i: int, block: ndarray, shape: dict[str, ndarray], poses: dict[str, ndarray]
+    ) -> ndarray:
+        assert self.skin is not None
+        bulges = np.zeros((BLOCK, block.shape[1]))
+        for muscle, form in zip(MUSCLES, self.muscles, strict=True):
+            name, _, finger = muscle.joint.partition(" ")
+            angle = poses[name][:, int(finger)] if finger else poses[name]
+            angle = angle.reshape(BLOCK, -1).mean(axis=1)
+            low, high = muscle.degrees
+            bulges += muscle.height * smoothstep((angle - low) / (high - low))[:, None] * form
+        neutral = self._turned(self.model(shape))
+        out = np.empty_like(block)
+        for j in range(len(block)):
+            person = self.people[(BLOCK * i + j) % PEOPLE]
+            own = slice(j, j + 1)
+            out[own] = self.skin(block[own], neutral[j], person, (i, j), bulges[own])
+        return out
 
     @staticmethod
     def _turned(hands: ndarray) -> ndarray:

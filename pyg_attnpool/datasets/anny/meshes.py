@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from pyg_attnpool.datasets.anny.detail import DETAIL_GENERATOR, Detail
 from pyg_attnpool.datasets.cache import Source, stored
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 
@@ -22,9 +23,12 @@ class AnnyMeshes(MeshDataset):
         seed (int): Seed of everything random.
         labels (dict): As in :class:`MeshDataset`.
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        detail (bool or Detail, optional): What scans have beside smooth shapes, see
+            :class:`~pyg_attnpool.datasets.anny.Detail`. (default: :obj:`False`)
 
     Raises:
         ValueError: If :obj:`size` is not positive or :obj:`seed` negative.
+        TypeError: If :obj:`detail` is neither a flag nor a :class:`Detail`.
     """
 
     kind: str
@@ -43,22 +47,33 @@ class AnnyMeshes(MeshDataset):
         seed: int,
         labels: Mapping[str, Sequence[Any]],
         transform: Callable | None = None,
+        detail: bool | Detail = False,
     ):
-        ((name, number),) = size.items()
-        if number < 1 or seed < 0:
-            raise ValueError(
-                f"Expected positive '{name}' and a 'seed' of at least 0 (got {number} and {seed})"
-            )
+        for name, number in size.items():
+            if number < 1 or seed < 0:
+                raise ValueError(
+                    f"Expected positive '{name}' and a 'seed' of at least 0 "
+                    f"(got {number} and {seed})"
+                )
+        if not isinstance(detail, bool | Detail):
+            raise TypeError(f"Expected 'detail' as a flag or a Detail (got {detail!r})")
+        settings: dict[str, int | str] = {"generator": self.generator, **size, "seed": seed}
+        numbers = "_".join(f"{name}{number}" for name, number in size.items())
+        stem = f"anny_{self.kind}_{numbers}_seed{seed}"
+        if detail:
+            detail = Detail() if detail is True else detail
+            stem += f"_detail{detail}"
+            settings |= {"detail": str(detail), "detail_generator": DETAIL_GENERATOR}
         root = Path(root).expanduser()
-        path = root / "processed" / f"anny_{self.kind}_{name}{number}_seed{seed}.npz"
+        path = root / "processed" / f"{stem}.npz"
         # A block is little work: where cores are shared, more threads take three times as long.
         num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             arrays = stored(
                 path,
-                {"generator": self.generator, **size, "seed": seed},
-                lambda: self.source(path.parent, number, seed),
+                settings,
+                lambda: self.source(path.parent, size, seed, detail or None),
                 f"Making {self.kind}",
                 mapped=self.mapped,
             )
@@ -70,7 +85,7 @@ class AnnyMeshes(MeshDataset):
         )
 
     @staticmethod
-    def source(folder: Path, number: int, seed: int) -> Source:
+    def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
         r"""What makes the blocks, given a folder for temporary files."""
         raise NotImplementedError
 
@@ -83,6 +98,7 @@ class AnnySequences(AnnyMeshes):
         frames (int, optional): Meshes per sequence. (default: :obj:`20`)
         seed (int, optional): Seed of everything random. (default: :obj:`0`)
         transform (callable, optional): As in :class:`MeshDataset`. (default: :obj:`None`)
+        detail (bool or Detail, optional): As in :class:`AnnyMeshes`. (default: :obj:`False`)
     """
 
     subjects: Sequence[str]
@@ -94,6 +110,8 @@ class AnnySequences(AnnyMeshes):
         frames: int = 20,
         seed: int = 0,
         transform: Callable | None = None,
+        detail: bool | Detail = False,
+        **size: int,
     ):
         every = [(s, e, i) for s in self.subjects for e in self.expressions for i in range(frames)]
         labels: dict[str, list[Any]] = {
@@ -101,7 +119,7 @@ class AnnySequences(AnnyMeshes):
             "expression": [e for _, e, _ in every],
             "frame": [i for _, _, i in every],
         }
-        super().__init__(root, {"frames": frames}, seed, labels, transform)
+        super().__init__(root, {"frames": frames, **size}, seed, labels, transform, detail)
 
 
 def smoothstep(x: ndarray) -> ndarray:

@@ -158,7 +158,7 @@ def stub(monkeypatch):
     class Stub:
         labels = {}  # noqa: RUF012
 
-        def __init__(self, folder, frames, seed):
+        def __init__(self, folder, frames, seed, *_):
             made.append((frames, seed))
             self.sizes = [frames] * 144
             self.meshes = np.random.default_rng(seed).random((144, frames, 4, 3), dtype=np.float32)
