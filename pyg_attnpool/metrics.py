@@ -318,6 +318,8 @@ def _spread(x: Any, n: int) -> Any:
 
 def warn_millimetres(name: str, x: Tensor) -> bool:
     r"""Says in one warning line where coordinates of a model of metres look like millimetres."""
+    if x.abs().amax().item() <= LARGEST / 2:  # no point is further from the centre than twice that
+        return False
     largest = (x[..., :3] - x[..., :3].mean(dim=-2, keepdim=True)).abs().amax().item()
     if largest > LARGEST:
         warnings.warn(

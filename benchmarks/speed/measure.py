@@ -44,18 +44,29 @@ def interleaved(
         repeat (int): The number of rounds.
         budget (float): Seconds after which no further round begins; the first always runs.
     """
+    times = rounds(functions, repeat, budget)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def rounds(
+    functions: dict[str, Callable[[], Any]],
+    repeat: int,
+    budget: float,
+    clock: Callable[[Callable[[], Any]], Any] = seconds,
+) -> dict[str, list[Any]]:
+    r"""The time of every call in :func:`interleaved`, as the clock takes it."""
     for function in functions.values():
         function()
-    times: dict[str, list[float]] = {name: [] for name in functions}
+    times: dict[str, list[Any]] = {name: [] for name in functions}
     start = time.perf_counter()
     order = list(functions)
     for number in range(repeat):
         random.Random(number).shuffle(order)  # none always follows the same one
         for name in order:
-            times[name].append(seconds(functions[name]))
+            times[name].append(clock(functions[name]))
         if time.perf_counter() - start > budget:
             break
-    return {name: statistics.median(t) for name, t in times.items()}
+    return times
 
 
 class Memory:
@@ -104,19 +115,19 @@ def peak_memory(function: Callable[[], Any], device: str | torch.device) -> int 
     return peak
 
 
-def floor(device: str | torch.device) -> dict[str, float]:
-    r"""What the machine can do: bytes moved per second in a large copy, read and written, and
-    operations per second in a large float32 product."""
+def floor(device: str | torch.device, size: int | None = None) -> dict[str, float]:
+    r"""What the machine can do: bytes moved per second in a copy, read and written, of :obj:`size`
+    bytes or as many as no cache holds, and operations per second in a large float32 product."""
     cuda = torch.device(device).type == "cuda"
-    source = torch.ones(1 << (30 if cuda else 28), dtype=torch.uint8, device=device)
+    size = 1 << (30 if cuda else 28) if size is None else size
+    source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     matrix = torch.randn(8192 if cuda else 2048, 8192 if cuda else 2048, device=device)
-    best = interleaved(
-        {"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}, 5, 10.0
-    )
+    functions = {"copy": lambda: target.copy_(source), "product": lambda: matrix @ matrix}
+    times = rounds(functions, 21, 10.0)
     return {
-        "bytes_per_s": 2 * source.numel() / best["copy"],
-        "flop_per_s": 2 * matrix.size(0) ** 3 / best["product"],
+        "bytes_per_s": 2 * source.numel() / min(times["copy"]),
+        "flop_per_s": 2 * matrix.size(0) ** 3 / min(times["product"]),
     }
 
 

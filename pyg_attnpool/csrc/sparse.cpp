@@ -143,7 +143,7 @@ void transpose(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col, 
     }
 
 extern "C" {
-void pyg_attnpool_6() {}  // the version that _cpu.py looks for
+void pyg_attnpool_7() {}  // the version that _cpu.py looks for
 
 FUNCTIONS(float)
 FUNCTIONS(double)

@@ -1,14 +1,16 @@
-r"""The decoder of a frozen model in one compiled call: no Python between its layers, which on a CPU
-takes most of the time of a single mesh."""
+r"""The encoder and the decoder of a frozen model in one compiled call each: no Python between
+layers, which on a CPU takes most of the time of a single mesh."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy import ndarray
+from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import Module
 
@@ -19,9 +21,11 @@ from pyg_attnpool.models.plan import (
     Gather,
     Linear,
     Spiral,
+    Standardize,
     Step,
     Sum,
     decoder_plan,
+    encoder_plan,
 )
 from pyg_attnpool.nn.base import IndexedModule, PoolingLayer
 from pyg_attnpool.ops import _cpu
@@ -29,15 +33,31 @@ from pyg_attnpool.ops import _cpu
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
 
-DENSE, PRODUCT, CHEBYSHEV, SPIRAL, FINISH = range(5)
-ACTIVATIONS = {"relu": 1, "elu": 2}
+# As csrc/plan.cpp numbers them.
+(STANDARDIZE, DENSE, DOTS, PRODUCT, CHEBYSHEV, TERMS, SPIRAL, PROJECT, CLENSHAW, PICK, FINISH) = (
+    range(11)
+)
+ACTIVATIONS = {"relu": 1, "elu": 2, "silu": 3}
+INPUT, OUTPUT = -1, -2
+NEAR = 512  # rows among which those of as many entries are brought together
+FEW = 16  # outputs of a linear layer with so many times more inputs are products with its rows
 
 
-class CompiledDecoder:
-    r"""A plan (:func:`~pyg_attnpool.models.plan.decoder_plan`) in single precision, on the CPU.
+class _Value(NamedTuple):
+    # Features [rows, channels] in a buffer, each row filled up to `width`.
+    buffer: int
+    rows: int
+    channels: int
+    width: int
+
+
+class CompiledPlan:
+    r"""A plan (:mod:`pyg_attnpool.models.plan`) in single precision, on the CPU.
 
     Args:
-        plan (list): The steps, of which the last is an :class:`~pyg_attnpool.models.plan.Affine`.
+        plan (list): The steps of an encoder, which begin with
+            :class:`~pyg_attnpool.models.plan.Standardize`, or of a decoder, which end with
+            :class:`~pyg_attnpool.models.plan.Affine`.
 
     Raises:
         ValueError: If the compiled steps do not make up for the plan.
@@ -48,134 +68,357 @@ class CompiledDecoder:
         >>> plan = [Linear(rng.normal(size=(5, 3, 2)), rng.normal(size=(5, 3))),
         ...         Affine(np.ones((5, 3)), np.zeros((5, 3)))]
         >>> z = torch.randn(4, 2)
-        >>> np.allclose(CompiledDecoder(plan)(z), run_plan(plan, z), atol=1e-5)
+        >>> np.allclose(CompiledPlan(plan)(z), run_plan(plan, z), atol=1e-5)
         True
     """
 
     def __init__(self, plan: list[Step]):
         self._held: list[ndarray] = []  # what the steps point to
         self._steps: list[_cpu.Step] = []
-        self._buffer = 0
-        *before, last = plan
-        if not isinstance(last, Affine) or not before:
-            raise ValueError("Expected a plan that ends with an affine step (got another)")
-        self._shape = last.scale.shape
-        paths = before[0].paths if isinstance(before[0], Sum) and len(before) == 1 else [before]
-        for i, path in enumerate(paths):
-            self._add_path(path, Affine(last.scale, last.shift if i == 0 else 0 * last.shift))
-        self._latent = paths[0][0].weight.shape[2]  # type: ignore[union-attr]
+        self._sizes: list[int] = []  # of the buffers
+        self._free: list[int] = []
+        self._in = _input_shape(plan)
+        rows, channels = self._in if len(self._in) == 2 else (1, *self._in)
+        x = _Value(INPUT, rows, channels, channels)
+        if isinstance(plan[-1], Affine):
+            self._out: tuple[int, ...] = plan[-1].scale.shape
+            self._end(plan[:-1], plan[-1], x, False)
+        else:
+            z = self._path(plan, x)
+            if z.rows != 1:
+                raise ValueError(f"Expected a plan that ends with a code (got {z.rows} vertices)")
+            self._out = (z.channels,)
+            self._finish(Affine(np.ones((1, z.channels)), np.zeros((1, z.channels))), z, False)
+        places = np.cumsum([0, *self._sizes]).tolist()
+        for step in self._steps:
+            for name in ("source", "target", "work"):
+                buffer = getattr(step, name)
+                setattr(step, name, places[buffer] if buffer >= 0 else buffer)
+        self._size = places[-1]
         self._array = (_cpu.Step * len(self._steps))(*self._steps)
 
-    def __call__(self, z: Tensor) -> Tensor:
-        r"""Latent codes :obj:`[B, latent_channels]` to meshes :obj:`[B, N, C]`."""
-        if z.dim() != 2 or z.size(1) != self._latent or z.dtype != torch.float32 or not z.is_cpu:
+    def __call__(self, x: Tensor) -> Tensor:
+        r"""Meshes :obj:`[B, N, C]` to latent codes :obj:`[B, latent_channels]`, or back."""
+        if x.shape[1:] != self._in or x.dtype != torch.float32 or not x.is_cpu or x.dim() == 0:
             raise ValueError(
-                f"Expected latent codes [B, {self._latent}] in single precision on the CPU (got "
-                f"{list(z.shape)} of {z.dtype} on {z.device})"
+                f"Expected {'meshes' if len(self._in) == 2 else 'latent codes'} "
+                f"[B, {', '.join(map(str, self._in))}] in single precision on the CPU (got "
+                f"{list(x.shape)} of {x.dtype} on {x.device})"
             )
-        z = z.contiguous()
-        out = z.new_empty(len(z), *self._shape)
-        threads = max(1, min(len(z), torch.get_num_threads()))
-        scratch = _cpu.workspace((threads * 3 * self._buffer,), torch.float32)
+        x = x.contiguous()
+        batch_size = x.size(0)
+        out = x.new_empty(batch_size, *self._out)
+        threads = max(1, min(batch_size, torch.get_num_threads()))
+        scratch = _cpu.workspace((threads * self._size,), torch.float32)
         assert _cpu.library is not None
-        _cpu.library.decode(
+        _cpu.library.run_plan(
             len(self._array),
-            len(z),
-            self._latent,
-            out[0].numel() if len(z) else 0,
-            self._buffer,
+            batch_size,
+            x.numel() // max(1, batch_size),
+            out.numel() // max(1, batch_size),
+            self._size,
             threads,
             self._array,
-            z.data_ptr(),
+            x.data_ptr(),
             out.data_ptr(),
             scratch.data_ptr(),
         )
         return out
 
-    def _add_path(self, path: list[Step], last: Affine) -> None:
-        first = path[0]
-        if not isinstance(first, Linear):
-            raise ValueError(f"Expected a path that starts with a linear step (got {first})")
-        if len(path) == 1:  # straight from the code to the mesh
-            weight = (last.scale[..., None] * first.weight).reshape(-1, first.weight.shape[2])
-            bias = last.scale * first.bias + last.shift
-            self._add(DENSE, 0, 0, 0, weight.shape[1], weight=weight.T, bias=bias)
-            return
-        channels = 0
-        for step in path:
-            if isinstance(step, Activation):
-                done = self._steps[-1]
-                if done.activation or done.kind == PRODUCT:
-                    raise ValueError(f"Expected an activation after a convolution (got {step})")
-                done.activation = ACTIVATIONS[step.function]
-            elif isinstance(step, Linear):
-                rows, channels, latent = step.weight.shape
-                weight, bias = _wide(step.weight, 1), _wide(step.bias, 1)
-                wide = bias.shape[1]
-                weight = weight.reshape(-1, latent).T
-                self._add(DENSE, rows, 0, wide, latent, weight=weight, bias=bias)
-            elif isinstance(step, Gather):
-                wide, matrix = _width(channels), step.matrix
-                self._add(PRODUCT, matrix.shape[0], wide, wide, 0, matrix=matrix)
-            elif isinstance(step, Chebyshev | Spiral):
-                weight, bias = _wide(_wide(step.weight, 1), 2), _wide(step.bias, 0)
-                slots, wide, wide_out = weight.shape
-                channels = step.weight.shape[2]
-                if isinstance(step, Chebyshev):
-                    rows = step.laplacian.shape[0]
-                    kind, of = CHEBYSHEV, {"matrix": step.laplacian}
-                else:
-                    rows = len(step.index)
-                    kind, of = SPIRAL, {"col": np.where(step.index < 0, rows, step.index)}
-                self._add(kind, rows, wide, wide_out, slots, weight=weight, bias=bias, **of)
-            else:
-                raise ValueError(f"Expected a step that is compiled (got {type(step).__name__})")
-        rows = len(last.scale)
-        self._add(FINISH, rows, _width(channels), 0, 0, weight=last.scale, bias=last.shift)
+    # The order of the steps ##########################################################
+
+    def _path(self, plan: list[Step], x: _Value, keep: bool = False) -> _Value:
+        # The steps of a plan from a value, which they may write over unless it is kept.
+        first = x
+        for step in plan:
+            y = self._step(step, x, keep and x is first)
+            if y is not x and not (keep and x is first):
+                self._release(x)
+            x = y
+        return x
+
+    def _step(self, step: Step, x: _Value, keep: bool) -> _Value:
+        if isinstance(step, Activation):
+            return self._activate(step, x)
+        if isinstance(step, Linear):
+            return self._linear(step, x)
+        if isinstance(step, Gather):
+            y = self._value(step.matrix.shape[0], x.channels)
+            if x.buffer == INPUT:
+                raise ValueError("Expected features that are filled up (got others)")
+            self._add(PRODUCT, x, y, matrix=step.matrix)
+            return y
+        if isinstance(step, Chebyshev):
+            return self._chebyshev(step, x, keep)
+        if isinstance(step, Spiral):
+            return self._spiral(step, x)
+        if isinstance(step, Standardize):
+            y = self._value(x.rows, x.channels)
+            weight, bias = (_wide(array, 1) for array in (1 / step.std, step.mean))
+            self._add(STANDARDIZE, x, y, weight=weight, bias=bias)
+            return y
+        if isinstance(step, Sum):
+            return self._sum(step, x)
+        raise ValueError(f"Expected a step that is compiled (got {type(step).__name__})")
+
+    def _sum(self, step: Sum, x: _Value) -> _Value:
+        y = self._path(step.paths[0], x, keep=True)
+        for path in step.paths[1:]:
+            *before, last = path
+            if not isinstance(last, Linear):
+                raise ValueError(f"Expected a path that ends with a linear step (got {last})")
+            z = self._path(before, x, keep=True)
+            self._linear(last, z, onto=y)
+            if z is not x:
+                self._release(z)
+        return y
+
+    def _end(self, plan: list[Step], affine: Affine, x: _Value, add: bool) -> None:
+        # The last steps, which write to the output or add to it.
+        last = plan[-1] if plan else None
+        if isinstance(last, Sum):
+            x = self._path(plan[:-1], x, keep=add)
+            for i, path in enumerate(last.paths):
+                later = affine if i == 0 else Affine(affine.scale, 0 * affine.shift)
+                self._end(path, later, x, add or i > 0)
+        elif isinstance(last, Linear):
+            x = self._path(plan[:-1], x, keep=True)
+            weight = affine.scale[..., None] * last.weight
+            bias = affine.scale * last.bias + affine.shift
+            self._dense(weight.reshape(-1, weight.shape[2]), bias.ravel(), x, None, add)
+        else:
+            self._finish(affine, self._path(plan, x, keep=True), add)
+
+    # Memory ##########################################################################
+
+    def _value(self, rows: int, channels: int, size: int | None = None) -> _Value:
+        width = _width(channels)
+        return _Value(
+            self._buffer((rows + 1) * width if size is None else size), rows, channels, width
+        )
+
+    def _buffer(self, size: int) -> int:
+        vector = _vector()
+        size = -(-size // vector) * vector + vector
+        if not self._free:
+            self._free.append(len(self._sizes))
+            self._sizes.append(0)
+        buffer = self._free.pop()
+        self._sizes[buffer] = max(self._sizes[buffer], size)
+        return buffer
+
+    def _release(self, value: _Value) -> None:
+        if value.buffer >= 0:
+            self._free.append(value.buffer)
+
+    # Steps ###########################################################################
+
+    def _activate(self, step: Activation, x: _Value) -> _Value:
+        done = self._steps[-1] if self._steps else None
+        activated = (DENSE, DOTS, CHEBYSHEV, TERMS, SPIRAL, CLENSHAW, PICK)
+        if done is None or done.kind not in activated or done.activation or done.add:
+            raise ValueError(f"Expected an activation after a convolution or linear (got {step})")
+        done.activation = ACTIVATIONS[step.function]
+        return x
+
+    def _linear(self, step: Linear, x: _Value, onto: _Value | None = None) -> _Value:
+        rows, channels, size = step.weight.shape
+        if size != x.rows * x.channels:
+            raise ValueError(f"Expected {x.rows * x.channels} inputs of a linear step (got {size})")
+        y = self._value(rows, channels) if onto is None else onto
+        if (y.rows, y.channels) != (rows, channels):
+            raise ValueError(f"Expected paths of {y.rows} vertices (got one of {rows})")
+        weight = _wide(step.weight.reshape(rows, channels, x.rows, x.channels), 3, x.width)
+        weight = weight.reshape(rows, channels, -1)
+        if rows == 1 and FEW * channels < size:
+            weight, bias = weight[0], step.bias[0]
+            self._add(
+                DOTS, x, y, channels, weight.shape[1], onto is not None, weight=weight, bias=bias
+            )
+        else:
+            weight, bias = _wide(weight, 1), _wide(step.bias, 1)
+            self._dense(weight.reshape(-1, weight.shape[2]), bias.ravel(), x, y, onto is not None)
+        return y
+
+    def _dense(
+        self, weight: ndarray, bias: ndarray, x: _Value, y: _Value | None, add: bool
+    ) -> None:
+        # Weights [out, size] in blocks of four vectors of outputs, each block transposed.
+        size, block = len(weight), 4 * _vector()
+        parts = [weight[i : i + block].T.ravel() for i in range(0, size, block)]
+        y = _Value(OUTPUT, 1, size, size) if y is None else y._replace(width=size)
+        self._add(DENSE, x, y, size, weight.shape[1], add, weight=np.concatenate(parts), bias=bias)
+
+    def _chebyshev(self, step: Chebyshev, x: _Value, keep: bool) -> _Value:
+        slots, _, channels = step.weight.shape
+        width, rows = _width(channels), step.laplacian.shape[0]
+        if x.buffer == INPUT:
+            raise ValueError("Expected features that are filled up (got others)")
+        if width < max(x.width, _vector()):
+            # The recurrence on products, which are narrower than the features (Clenshaw).
+            planes = self._project(step.weight, x)
+            y = self._value(rows, channels)
+            bias = _wide(step.bias, 0)
+            self._add(CLENSHAW, planes, y, channels, slots, matrix=step.laplacian, bias=bias)
+            self._release(planes)
+            return y
+        if keep or x.width < _vector():
+            kind, size = TERMS, (slots - 1) * rows * x.width
+        else:  # which writes over x
+            kind, size = CHEBYSHEV, rows * x.width
+        y = self._value(rows, channels)
+        work = self._value(1, 1, size)
+        self._add(
+            kind,
+            x,
+            y,
+            x.channels,
+            slots,
+            work=work,
+            matrix=step.laplacian,
+            weight=_wide(step.weight, 2),
+            bias=_wide(step.bias, 0),
+        )
+        self._release(work)
+        return y
+
+    def _spiral(self, step: Spiral, x: _Value) -> _Value:
+        slots, _, channels = step.weight.shape
+        if x.buffer == INPUT:
+            raise ValueError("Expected features that are filled up (got others)")
+        rows, bias = len(step.index), _wide(step.bias, 0)
+        _check_range(step.index, -1, x.rows)
+        index = np.where(step.index < 0, rows, step.index)
+        if _width(channels) < _vector():
+            planes = self._project(step.weight, x)
+            y = self._value(rows, channels)
+            self._add(PICK, planes, y, channels, slots, col=index * y.width, bias=bias)
+            self._release(planes)
+            return y
+        y, weight = self._value(rows, channels), _wide(step.weight, 2)
+        col = index * x.width
+        self._add(SPIRAL, x, y, x.channels, slots, weight=weight, col=col, bias=bias)
+        return y
+
+    def _project(self, weight: ndarray, x: _Value) -> _Value:
+        slots, channels, out = weight.shape
+        width = _width(out)
+        columns = _wide(weight, 2).transpose(1, 0, 2).reshape(channels, -1)
+        columns = _wide(columns, 1, -(-columns.shape[1] // _vector()) * _vector())
+        planes = self._value(x.rows, out, slots * (x.rows + 1) * width)
+        self._add(PROJECT, x, planes, channels, slots, weight=columns)
+        return planes
+
+    def _finish(self, affine: Affine, x: _Value, add: bool) -> None:
+        rows, channels = affine.scale.shape
+        y = _Value(OUTPUT, rows, channels, channels)
+        self._add(FINISH, x, y, channels, 0, add, weight=affine.scale, bias=affine.shift)
 
     def _add(
         self,
         kind: int,
-        rows: int,
-        wide: int,
-        wide_out: int,
-        slots: int,
+        x: _Value,
+        y: _Value,
+        channels: int | None = None,
+        slots: int = 0,
+        add: bool = False,
+        work: _Value | None = None,
         matrix: Any = None,
         **arrays: ndarray,
     ) -> None:
         if matrix is not None:
-            arrays |= {"rowptr": matrix.indptr, "col": matrix.indices, "value": matrix.data}
+            if matrix.shape[1] != x.rows:
+                raise ValueError(f"Expected a matrix of {x.rows} columns (got {matrix.shape[1]})")
+            arrays |= _ordered(matrix, x.width)
         pointers = {}
         for name, array in arrays.items():
-            dtype = np.int32 if name in ("rowptr", "col") else np.float32
+            dtype = np.int32 if name in ("order", "rowptr", "col") else np.float32
             self._held.append(np.ascontiguousarray(array, dtype=dtype))
             pointers[name] = self._held[-1].ctypes.data
-        self._steps.append(
-            _cpu.Step(kind=kind, rows=rows, in_=wide, out=wide_out, slots=slots, **pointers)
+        step = _cpu.Step(
+            kind=kind,
+            rows=y.rows,
+            in_=x.width,
+            out=y.width,
+            channels=x.channels if channels is None else channels,
+            slots=slots,
+            add=add,
+            source=x.buffer,
+            target=y.buffer,
+            work=0 if work is None else work.buffer,
+            **pointers,
         )
-        self._buffer = max(self._buffer, (rows + 1) * max(wide, wide_out))
+        self._steps.append(step)
+
+
+def _input_shape(plan: list[Step]) -> tuple[int, ...]:
+    first = plan[0]
+    if isinstance(first, Standardize):
+        return first.mean.shape
+    if isinstance(first, Linear):
+        return first.weight.shape[2:]
+    if isinstance(first, Sum):
+        return _input_shape(first.paths[0])
+    raise ValueError(f"Expected a plan that starts with a linear step (got {first})")
+
+
+def _ordered(matrix: csr_array, width: int) -> dict[str, ndarray]:
+    # Rows of as many entries side by side, but none far from where it was: its neighbours, whose
+    # rows of features are in the cache, are near it.
+    lengths = np.diff(matrix.indptr)
+    _check_range(lengths, 0, len(matrix.indices) + 1)
+    _check_range(matrix.indices, 0, matrix.shape[1])
+    order = np.lexsort((lengths, np.arange(len(lengths)) // NEAR))
+    matrix = matrix[order]
+    return {
+        "order": order,
+        "rowptr": matrix.indptr,
+        "col": width * matrix.indices.astype(np.int64),
+        "value": matrix.data,
+    }
+
+
+def _check_range(index: ndarray, low: int, end: int) -> None:
+    # Somebody may have edited the tensors of a layer, which compiled steps follow anywhere.
+    if index.size > 0 and not low <= index.min() <= index.max() < end:
+        raise ValueError(
+            f"Expected vertices from {low} to {end - 1} (got {index.min()} to {index.max()})"
+        )
+
+
+def _vector() -> int:
+    assert _cpu.library is not None
+    return _cpu.library.plan_width()
 
 
 def _width(channels: int) -> int:
-    assert _cpu.library is not None
-    vector = _cpu.library.decoder_width()
-    return -(-channels // vector) * vector
+    # Four or eight where that is enough, or else whole vectors.
+    vector = _vector()
+    narrow = [width for width in (4, 8) if channels <= width < vector]
+    return narrow[0] if narrow else -(-channels // vector) * vector
 
 
-def _wide(array: ndarray, axis: int) -> ndarray:
-    # Filled up with zeros to whole vectors.
+def _wide(array: ndarray, axis: int, width: int | None = None) -> ndarray:
+    # Filled up with zeros.
     missing = [(0, 0)] * array.ndim
-    missing[axis] = (0, _width(array.shape[axis]) - array.shape[axis])
+    size = array.shape[axis]
+    missing[axis] = (0, (_width(size) if width is None else width) - size)
     return np.pad(array, missing)
 
 
 # Methods that somebody has replaced on an object.
-_OWN = frozenset({"forward", "rows_forward", "mapping", "slots", "decode"})
+_OWN = frozenset({"forward", "rows_forward", "mapping", "slots", "encode", "decode"})
 
-_known: WeakKeyDictionary[Module, tuple[Any, CompiledDecoder | None]] = WeakKeyDictionary()
+Plan = Callable[["MorphableModel"], list[Step]]
+_known: WeakKeyDictionary[Module, tuple[Any, dict[Plan, CompiledPlan | None]]] = WeakKeyDictionary()
 
 
-def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
+def compiled_encoder(model: MorphableModel) -> CompiledPlan | None:
+    r"""The compiled encoder of a model as it is now, as :func:`compiled_decoder`."""
+    return _compiled(model, encoder_plan)
+
+
+def compiled_decoder(model: MorphableModel) -> CompiledPlan | None:
     r"""The compiled decoder of a model as it is now. :obj:`None` where the model is not frozen,
     holds a layer that has no compiled step or hooks, is not in single precision on
     the CPU, or there is no compiled library.
@@ -185,16 +428,23 @@ def compiled_decoder(model: MorphableModel) -> CompiledDecoder | None:
     those through :obj:`.data` and NumPy escape, as they do in every layer
     (:class:`~pyg_attnpool.nn.base.IndexedModule`).
     """
-    if not _cpu.AVAILABLE or model.mean.dtype != torch.float32 or not model.mean.is_cpu:
+    return _compiled(model, decoder_plan)
+
+
+def _compiled(model: MorphableModel, plan: Plan) -> CompiledPlan | None:
+    mean = model.mean
+    if not _cpu.AVAILABLE or mean.dtype != torch.float32 or not mean.is_cpu:
         return None
     state = _state(model)
     if state is None:
         return None
     known = _known.get(model)
     if known is None or known[0] != state:
-        known = state, _compile(model)
-        _known[model] = known
-    return known[1]
+        known = _known[model] = state, {}
+    made = known[1]
+    if plan not in made:
+        made[plan] = _compile(model, plan)
+    return made[plan]
 
 
 def _state(model: Module) -> list[int] | None:
@@ -227,12 +477,12 @@ def _state(model: Module) -> list[int] | None:
     return [*state, _cpu.checksum(numbers)]
 
 
-def _compile(model: MorphableModel) -> CompiledDecoder | None:
+def _compile(model: MorphableModel, plan: Plan) -> CompiledPlan | None:
     for module in model.modules():
         learned = isinstance(module, PoolingLayer) and any(True for _ in module.parameters())
         if learned or module._forward_hooks or module._forward_pre_hooks:
             return None
     try:
-        return CompiledDecoder(decoder_plan(model))
+        return CompiledPlan(plan(model))
     except ValueError:
         return None

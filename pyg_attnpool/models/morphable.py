@@ -14,7 +14,7 @@ from torch.nn import Module
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
 from pyg_attnpool.mesh.io import in_single_precision
 from pyg_attnpool.models.coma import coma
-from pyg_attnpool.models.compiled import compiled_decoder
+from pyg_attnpool.models.compiled import compiled_decoder, compiled_encoder
 from pyg_attnpool.models.modal import modal
 from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
@@ -235,6 +235,8 @@ class MorphableModel(IndexedModule):
     def encode(self, x: Tensor) -> Tensor:
         r"""Meshes :obj:`[B, N, C]` in metres to latent codes :obj:`[B, latent_channels]`.
 
+        A frozen model on the CPU encodes in one compiled call, as :meth:`decode` does.
+
         Raises:
             TypeError: If the meshes are no floating point tensor or array.
             ValueError: If their shape does not fit.
@@ -244,6 +246,10 @@ class MorphableModel(IndexedModule):
             from pyg_attnpool.metrics import warn_millimetres
 
             warn_millimetres("meshes", x)
+            if not torch.is_grad_enabled():
+                compiled = compiled_encoder(self)
+                if compiled is not None:
+                    return compiled(x)
         return self.autoencoder.encode(self.standardize(x))
 
     def decode(self, z: Tensor) -> Tensor:

@@ -1,17 +1,21 @@
-r"""The decoder of a model as a list of plain steps on arrays, which runs without torch: in a web
-page, say. :func:`run_plan` is its readable truth in numpy."""
+r"""The encoder and the decoder of a model as lists of plain steps on arrays, which run without
+torch: in one compiled call, or in a web page. :func:`run_plan` is their readable truth in numpy."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy import ndarray
 from scipy.sparse import csr_array
-from torch.nn import Module
+from scipy.special import expit
+from torch.nn import Module, Sequential, SiLU
 
 from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.models.modal import ModalAutoencoder
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
@@ -23,14 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    r"""The latent code :obj:`[B, D]` to features :obj:`[B, N, F]` of vertices, by a weight
-    :obj:`[N, F, D]` and a bias :obj:`[N, F]`."""
+    r"""A latent code, or all features of all vertices side by side, :obj:`[B, D]`, to features
+    :obj:`[B, N, F]`, by a weight :obj:`[N, F, D]` and a bias :obj:`[N, F]`. A code and a hidden
+    layer are the features of one vertex."""
 
     weight: ndarray
     bias: ndarray
 
     def __call__(self, x: ndarray) -> ndarray:
-        return np.einsum("nfd,bd->bnf", self.weight, x) + self.bias
+        return np.einsum("nfd,bd->bnf", self.weight, x.reshape(len(x), -1)) + self.bias
 
 
 @dataclass(frozen=True)
@@ -76,12 +81,25 @@ class Spiral:
 
 @dataclass(frozen=True)
 class Activation:
-    r"""ReLU or ELU, by name."""
+    r"""ReLU, ELU or SiLU, by name."""
 
     function: str
 
     def __call__(self, x: ndarray) -> ndarray:
+        if self.function == "silu":
+            return x * expit(x)
         return np.maximum(x, 0) + (np.expm1(np.minimum(x, 0)) if self.function == "elu" else 0)
+
+
+@dataclass(frozen=True)
+class Standardize:
+    r"""Subtracts a mean :obj:`[N, F]` and then divides by a standard deviation :obj:`[N, F]`."""
+
+    mean: ndarray
+    std: ndarray
+
+    def __call__(self, x: ndarray) -> ndarray:
+        return (x - self.mean) / self.std
 
 
 @dataclass(frozen=True)
@@ -97,7 +115,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Sum:
-    r"""The sum of several plans, each from the latent code."""
+    r"""The sum of several plans, each from what comes in."""
 
     paths: list[list[Step]]
 
@@ -105,7 +123,7 @@ class Sum:
         return sum((run_plan(path, x) for path in self.paths[1:]), run_plan(self.paths[0], x))
 
 
-Step: TypeAlias = Linear | Gather | Chebyshev | Spiral | Activation | Affine | Sum
+Step: TypeAlias = Linear | Gather | Chebyshev | Spiral | Activation | Standardize | Affine | Sum
 
 
 def decoder_plan(model: MorphableModel) -> list[Step]:
@@ -113,8 +131,9 @@ def decoder_plan(model: MorphableModel) -> list[Step]:
 
     Args:
         model (MorphableModel): A model around a :class:`~pyg_attnpool.models.MeshAutoencoder` with
-            Chebyshev or spiral convolutions, or around a :class:`~pyg_attnpool.models.PCA`.
-            Learned aggregation is taken as it is now.
+            Chebyshev or spiral convolutions, a :class:`~pyg_attnpool.models.PCA` or a
+            :class:`~pyg_attnpool.models.ModalAutoencoder`. Learned aggregation is taken as it is
+            now.
 
     Raises:
         ValueError: If the decoder holds a layer that has no step; the message names it.
@@ -127,15 +146,41 @@ def decoder_plan(model: MorphableModel) -> list[Step]:
         >>> [type(step).__name__ for step in decoder_plan(model)]
         ['Linear', 'Affine']
     """
-    scale, shift = (_array(t) for t in (model.std, model.mean))
-    return [*_network(model.autoencoder), Affine(scale, shift)]
+    _, decode = _plans(model.autoencoder)
+    return [*decode(model.autoencoder), Affine(_array(model.std), _array(model.mean))]
+
+
+def encoder_plan(model: MorphableModel) -> list[Step]:
+    r"""The steps from meshes in metres to latent codes, which are the features of one vertex.
+
+    Args:
+        model (MorphableModel): As in :func:`decoder_plan`.
+
+    Raises:
+        ValueError: If the encoder holds a layer that has no step; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from pyg_attnpool.models import MorphableModel
+        >>> mesh = torch.rand(4, 3).numpy(), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
+        >>> model = MorphableModel.pca(mesh, latent_channels=2).fit(torch.randn(20, 4, 3))
+        >>> [type(step).__name__ for step in encoder_plan(model)]
+        ['Standardize', 'Linear']
+    """
+    encode, _ = _plans(model.autoencoder)
+    mean, std = _array(model.mean), _array(model.std)
+    first, *steps = encode(model.autoencoder)
+    if isinstance(first, Standardize):  # one after the other: ((x - mean) / std - m) / s
+        return [Standardize(mean + std * first.mean, std * first.std), *steps]
+    return [Standardize(mean, std), first, *steps]
 
 
 def run_plan(plan: list[Step], z: ndarray) -> ndarray:
-    r"""Runs a plan on latent codes :obj:`[B, latent_channels]`, in double precision.
+    r"""Runs a plan in double precision, on latent codes :obj:`[B, latent_channels]` or meshes
+    :obj:`[B, N, C]`.
 
     Returns:
-        Vertex features :obj:`[B, N, C]`.
+        Vertex features :obj:`[B, N, C]`, or latent codes :obj:`[B, 1, latent_channels]`.
     """
     x = np.asarray(z, dtype=np.float64)
     for step in plan:
@@ -143,20 +188,40 @@ def run_plan(plan: list[Step], z: ndarray) -> ndarray:
     return x
 
 
-def _network(network: Module) -> list[Step]:
-    # The exact classes: a subclass may decode in another way.
-    if type(network) is PCA:
-        return [Linear(_array(network.components.permute(1, 2, 0)), _array(network.mean))]
-    if type(network) is not MeshAutoencoder:
+Plan: TypeAlias = Callable[[Any], list[Step]]
+
+
+def _plans(network: Module) -> tuple[Plan, Plan]:
+    # The exact classes: a subclass may compute in another way.
+    known: dict[type, tuple[Plan, Plan]] = {
+        MeshAutoencoder: (_encode_autoencoder, _decode_autoencoder),
+        PCA: (_encode_pca, _decode_pca),
+        ModalAutoencoder: (_encode_modal, _decode_modal),
+    }
+    if type(network) not in known:
         raise ValueError(
-            f"Expected a MeshAutoencoder or PCA to take the decoder of (got "
+            f"Expected a MeshAutoencoder, PCA or ModalAutoencoder to take the steps of (got "
             f"{type(network).__name__})"
         )
+    return known[type(network)]
+
+
+def _encode_autoencoder(network: MeshAutoencoder) -> list[Step]:
+    config, plan = network.config, list[Step]()
+    layers = zip(network.down_convs, network.pools, strict=True)
+    for level, (conv, pool) in enumerate(layers):
+        plan += [
+            _step(f"down_convs.{level}", conv),
+            *_activation(config.activation),
+            _step(f"pools.{level}", pool),
+        ]
+    return [*plan, _linear(network.to_latent), *_activation(config.latent_activation)]
+
+
+def _decode_autoencoder(network: MeshAutoencoder) -> list[Step]:
     config = network.config
-    coarsest = network.num_vertices[-1]
-    weight, bias = network.from_latent.weight, network.from_latent.bias
     plan: list[Step] = [
-        Linear(_array(weight.view(coarsest, -1, weight.size(1))), _array(bias.view(coarsest, -1))),
+        _linear(network.from_latent, network.num_vertices[-1]),
         *_activation(config.expand_activation),
     ]
     layers = zip(network.unpools, network.up_convs, strict=True)
@@ -167,6 +232,76 @@ def _network(network: Module) -> list[Step]:
             *_activation(config.activation),
         ]
     return [*plan, _step("out_conv", network.out_conv)]
+
+
+def _encode_pca(network: PCA) -> list[Step]:
+    mean, components = _array(network.mean), _array(network.components)
+    return [
+        Standardize(mean, np.ones_like(mean)),
+        _matrix(components.reshape(len(components), mean.size)),
+    ]
+
+
+def _decode_pca(network: PCA) -> list[Step]:
+    return [Linear(_array(network.components.permute(1, 2, 0)), _array(network.mean))]
+
+
+def _encode_modal(network: ModalAutoencoder) -> list[Step]:
+    # c = V^T x and d = W^T (D x - m) - W^T D V c of centred meshes, side by side in one vector.
+    latent, modes = network.latent_channels, network.config.modes
+    center, linear = _encode_pca(network.linear)
+    pools = [_step(f"pools.{i}", pool) for i, pool in enumerate(network.pools)]
+    _, coarse = _encode_pca(network.modes)
+    assert isinstance(linear, Linear) and isinstance(coarse, Linear)
+    components = _array(network.linear.components)
+    left = run_plan([*pools, coarse], components)[:, 0].T  # [modes, latent]
+    coarse = Linear(coarse.weight, -coarse.weight @ _array(network.modes.mean).ravel())
+    code = np.concatenate([np.eye(latent), -left])
+    paths: list[list[Step]] = [[linear, _matrix(code)]]
+    if modes > 0:
+        paths.append([*pools, coarse, _matrix(np.eye(latent + modes)[:, latent:])])
+    scale = _array(network.scale)
+    whitened = _matrix(np.eye(latent, latent + modes) / scale[:latent, None])
+    bend = _perceptron(network.to_code, before=1 / _array(network._balance()))
+    return [center, Sum(paths), Sum([[whitened], bend])]
+
+
+def _decode_modal(network: ModalAutoencoder) -> list[Step]:
+    latent, modes = network.latent_channels, network.config.modes
+    scale = _array(network.scale)
+    straight = _matrix(np.eye(latent + modes, latent) * scale[:latent])
+    bend = _perceptron(network.from_code, after=_array(network._balance()))
+    pick = np.eye(latent + modes)
+    paths: list[list[Step]] = [[_matrix(pick[:latent]), *_decode_pca(network.linear)]]
+    if modes > 0:
+        unpools = [_step(f"unpools.{i}", unpool) for i, unpool in enumerate(network.unpools)]
+        paths.append([_matrix(pick[latent:]), *_decode_pca(network.modes), *unpools])
+    return [Sum([[straight], bend]), Sum(paths)]
+
+
+def _perceptron(
+    layers: Sequential, before: ndarray | float = 1.0, after: ndarray | float = 1.0
+) -> list[Step]:
+    # Its input is multiplied by `before`, its output by `after`.
+    plan: list[Step] = [
+        Activation("silu") if isinstance(layer, SiLU) else _linear(layer) for layer in layers
+    ]
+    first, last = plan[0], plan[-1]
+    assert isinstance(first, Linear) and isinstance(last, Linear)
+    plan[0] = Linear(first.weight * before, first.bias)
+    plan[-1] = Linear(last.weight * np.reshape(after, (-1, 1)), last.bias * after)
+    return plan
+
+
+def _linear(layer: Module, num_vertices: int = 1) -> Linear:
+    if type(layer) is not torch.nn.Linear or layer.bias is None:
+        raise ValueError(f"Expected linear layers with a bias (got {layer})")
+    weight, bias = _array(layer.weight), _array(layer.bias)
+    return Linear(weight.reshape(num_vertices, -1, weight.shape[1]), bias.reshape(num_vertices, -1))
+
+
+def _matrix(weight: ndarray) -> Linear:
+    return Linear(weight[None], np.zeros((1, len(weight))))
 
 
 def _step(name: str, layer: Module) -> Step:
@@ -181,7 +316,7 @@ def _step(name: str, layer: Module) -> Step:
         weight = _array(layer.lin.weight.view(layer.out_channels, layer.length, -1))
         return Spiral(_array(layer.spirals), weight.transpose(1, 2, 0), _bias(layer.lin))
     raise ValueError(
-        f"Expected a decoder of mappings and of Chebyshev or spiral convolutions (got "
+        f"Expected mappings and Chebyshev or spiral convolutions (got "
         f"{type(layer).__name__} as '{name}')"
     )
 

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 6  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+VERSION = 7  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -124,11 +124,12 @@ FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
 
 
 class Step(ctypes.Structure):
-    r"""One step of a decoder, as csrc/decoder.cpp has it."""
+    r"""One step of an encoder or decoder, as csrc/plan.cpp has it."""
 
     _fields_ = (
-        *((name, c_int64) for name in ("kind", "rows", "in_", "out", "slots", "activation")),
-        *((name, c_void_p) for name in ("rowptr", "col", "value", "weight", "bias")),
+        *((name, c_int64) for name in ("kind", "rows", "in_", "out", "channels", "slots")),
+        *((name, c_int64) for name in ("activation", "add", "source", "target", "work")),
+        *((name, c_void_p) for name in ("order", "rowptr", "col", "value", "weight", "bias")),
     )
 
 
@@ -146,8 +147,8 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes = [c_int64] * num_sizes + [kind.ctype for kind in kinds]
         function.restype = c_int64
-    library.decode.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
-    library.decode.restype, library.decoder_width.restype = None, c_int64
+    library.run_plan.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
+    library.run_plan.restype, library.plan_width.restype = None, c_int64
     library.checksum.argtypes = [c_int64, POINTER(c_int64), POINTER(c_void_p)]
     library.checksum.restype = ctypes.c_uint64
     return library

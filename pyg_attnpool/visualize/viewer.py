@@ -24,7 +24,7 @@ from torch import Tensor
 from pyg_attnpool.datasets.inputs import as_meshes, blocks
 from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import encode_all
-from pyg_attnpool.models.plan import Step, decoder_plan, run_plan
+from pyg_attnpool.models.plan import Linear, Step, Sum, decoder_plan, run_plan
 from pyg_attnpool.units import metres
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def write_viewer(
     takes its name.
 
     Args:
-        model (MorphableModel): A model that :func:`~pyg_attnpool.models.plan.decoder_plan` takes.
+        model (MorphableModel): A model around a :class:`~pyg_attnpool.models.MeshAutoencoder` with
+            Chebyshev or spiral convolutions, or around a :class:`~pyg_attnpool.models.PCA`.
         path (str or Path): The file to write.
         meshes (torch.Tensor, MeshDataset, numpy.ndarray or list, optional): Meshes
             :obj:`[M, N, C]` in metres that the page offers, with their errors. If :obj:`None`, it
@@ -139,7 +140,7 @@ def _describe(
         "title": title,
         "unit": model.unit,
         "metres": metres(model.unit),
-        "plan": decoder_plan(model),
+        "plan": _plan(model),
         "faces": model.faces.numpy(force=True),
         "latent": {
             "mean": mean.tolist(),
@@ -153,6 +154,16 @@ def _describe(
             *_stored(model, mean, factor, meshes, names),
         ],
     }
+
+
+def _plan(model: MorphableModel) -> list[Step]:
+    plan = decoder_plan(model)
+    if any(isinstance(step, Linear | Sum) for step in plan[1:]):  # the page's take the code alone
+        raise ValueError(
+            f"Expected a MeshAutoencoder or PCA for a page (got "
+            f"{type(model.autoencoder).__name__}, whose perceptrons it does not run)"
+        )
+    return plan
 
 
 def _stored(

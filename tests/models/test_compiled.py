@@ -7,7 +7,7 @@ from torch.testing import assert_close
 
 from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.models import MeshAutoencoder
-from pyg_attnpool.models.compiled import CompiledDecoder, compiled_decoder
+from pyg_attnpool.models.compiled import CompiledPlan, compiled_decoder, compiled_encoder
 from pyg_attnpool.models.plan import (
     Activation,
     Affine,
@@ -15,6 +15,7 @@ from pyg_attnpool.models.plan import (
     Gather,
     Linear,
     Spiral,
+    Standardize,
     Sum,
     decoder_plan,
     run_plan,
@@ -74,19 +75,65 @@ def test_every_step_equals_its_formula(library, rows, channels, activation):
     z = torch.randn(5, 3)
     for plan in ([*path, affine], [*straight, affine], [Sum([straight, path]), affine]):
         expected = torch.from_numpy(run_plan(plan, z.numpy()))
-        out = CompiledDecoder(plan)(z)
+        out = CompiledPlan(plan)(z)
         assert_close(out.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
-        assert torch.equal(CompiledDecoder(plan)(z[3:4]), out[3:4])
+        assert torch.equal(CompiledPlan(plan)(z[3:4]), out[3:4])
 
 
-def test_elu_is_exact_to_rounding_everywhere(library):
+@pytest.mark.parametrize("channels", [3, 6])
+@pytest.mark.parametrize("hidden", [2, 16, 33])
+@pytest.mark.parametrize("rows", [1, 8, 19])
+@pytest.mark.parametrize("activation", ["relu", "elu", "silu"])
+def test_every_step_of_an_encoder_equals_its_formula(library, rows, channels, hidden, activation):
+    rng = np.random.default_rng(rows * hidden)
+
+    def normal(*size):
+        return rng.normal(size=size)
+
+    laplacian, coarser = matrix(rows, rows, rng), matrix(5, rows, rng)
+    spirals = rng.integers(-1, rows, size=(rows, 4))
+    start = Standardize(normal(rows, channels), rng.uniform(0.5, 2, size=(rows, channels)))
+    end = Linear(normal(1, 9, rows * hidden), normal(1, 9))
+    spectral = [
+        Chebyshev(laplacian, normal(3, channels, hidden), normal(hidden)),
+        Activation(activation),
+        Spiral(spirals, normal(4, hidden, hidden), normal(hidden)),
+        Activation(activation),
+        Gather(coarser),
+        Linear(normal(1, 9, 5 * hidden), normal(1, 9)),
+    ]
+    spiral = [Spiral(spirals, normal(4, channels, hidden), normal(hidden)), end]
+    few = [
+        Linear(normal(1, 2, rows * channels), normal(1, 2)),
+        Linear(normal(1, 9, 2), normal(1, 9)),
+    ]
+    bend = [
+        Linear(normal(1, 70, 9), normal(1, 70)),
+        Activation(activation),
+        Linear(normal(1, 3, 70), normal(1, 3)),
+    ]
+    head = Sum([[Linear(normal(1, 3, 9), normal(1, 3))], bend])
+    x = torch.randn(3, rows, channels)
+    for plan in (
+        [start, *spectral],
+        [start, *spiral, Activation(activation), head],
+        [start, Sum([few, spiral, spectral]), head],
+    ):
+        expected = torch.from_numpy(run_plan(plan, x.numpy()))[:, 0]
+        out = CompiledPlan(plan)(x)
+        assert_close(out.double(), expected, rtol=0, atol=2e-6 * expected.abs().max().item())
+        assert torch.equal(CompiledPlan(plan)(x[1:2]), out[1:2])
+
+
+@pytest.mark.parametrize("name", ["elu", "silu"])
+def test_activations_are_exact_to_rounding_everywhere(library, name):
     x = torch.cat([-torch.logspace(-9, 3, 700), torch.zeros(1), torch.logspace(-9, 3, 323)])
-    plan = [Linear(np.zeros((1024, 1, 1)), x.double().numpy()[:, None]), Activation("elu")]
+    plan = [Linear(np.zeros((1024, 1, 1)), x.double().numpy()[:, None]), Activation(name)]
     plan += [Affine(np.ones((1024, 1)), np.zeros((1024, 1)))]
-    out = CompiledDecoder(plan)(torch.zeros(1, 1)).flatten()
-    expected = torch.nn.functional.elu(x.double())
+    out = CompiledPlan(plan)(torch.zeros(1, 1)).flatten()
+    expected = getattr(torch.nn.functional, name)(x.double())
     assert_close(out.double(), expected, rtol=3e-7, atol=1e-7)
-    nan = CompiledDecoder([Linear(np.full((1024, 1, 1), np.nan), plan[0].bias), *plan[1:]])
+    nan = CompiledPlan([Linear(np.full((1024, 1, 1), np.nan), plan[0].bias), *plan[1:]])
     assert nan(torch.zeros(1, 1)).isnan().all()
 
 
@@ -96,16 +143,34 @@ def models(hierarchy):
     pca = MorphableModel.pca((vertices, faces), 3).fit(torch.randn(9, len(vertices), 3))
     cheb = MeshAutoencoder(hierarchy, conv_kwargs={"K": 3}, down="attention", **small)
     spiral = MeshAutoencoder(hierarchy, conv="spiral", activation="elu", up="variant", **small)
-    for model in (pca, MorphableModel(cheb), MorphableModel(spiral)):
+    modal = MorphableModel.modal(hierarchy, latent_channels=3, modes=5, hidden_channels=20)
+    modal.autoencoder.fit_modes(lambda: [torch.randn(20, len(vertices), 3)])
+    for parameter in modal.autoencoder.parameters():  # the last layers start at zero
+        parameter.data.normal_(std=0.3)
+    for model in (pca, MorphableModel(cheb), MorphableModel(spiral), modal):
         model.set_statistics(torch.randn_like(model.mean), torch.rand_like(model.std) + 0.5)
         yield model.freeze()
 
 
 def models_by_name(hierarchy):
-    return dict(zip(("pca", "cheb", "spiral"), models(hierarchy), strict=True))
+    return dict(zip(("pca", "cheb", "spiral", "modal"), models(hierarchy), strict=True))
 
 
-@pytest.mark.parametrize("name", ["pca", "cheb", "spiral"])
+@pytest.mark.parametrize("name", ["pca", "cheb", "spiral", "modal"])
+def test_a_frozen_model_encodes_as_its_layers_do(library, hierarchy, name):
+    model = models_by_name(hierarchy)[name]
+    for batch_size in (0, 1, 17):
+        x = model.mean + model.std * torch.randn(batch_size, *model.mean.shape)
+        expected = model.encode(x.requires_grad_())  # with gradients: by the layers
+        assert expected.requires_grad
+        with torch.no_grad():
+            assert compiled_encoder(model) is not None
+            out = model.encode(x)
+        assert not out.requires_grad
+        assert_close(out, expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pca", "cheb", "spiral", "modal"])
 def test_a_frozen_model_decodes_as_its_layers_do(library, hierarchy, name):
     model = models_by_name(hierarchy)[name]
     for batch_size in (0, 1, 17):
@@ -209,13 +274,16 @@ def change_a_method(model):
 )
 def test_a_change_is_noticed(hierarchy, change):
     model, z = models_by_name(hierarchy)["cheb"], torch.randn(2, 3)
+    x = model.mean + torch.randn(2, *model.mean.shape)
     with torch.no_grad():
         before = model.decode(z)
+        model.encode(x)
     change(model)
-    expected = model.decode(z).detach()
+    expected, codes = model.decode(z).detach(), model.encode(x).detach()
     assert not torch.allclose(before, expected)
     with torch.no_grad():
         assert_close(model.decode(z), expected, rtol=1e-5, atol=1e-5)
+        assert_close(model.encode(x), codes, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_decode_on_their_own(hierarchy):
@@ -232,13 +300,33 @@ def test_what_has_no_compiled_step_is_decoded_by_its_layers(hierarchy):
     learning = MorphableModel(MeshAutoencoder(hierarchy, down="attention", channels=(5, 7)))
     other = MorphableModel(MeshAutoencoder(hierarchy, conv="GCNConv", channels=(5, 7)))
     for model in (learning, other, models_by_name(hierarchy)["cheb"].double()):
-        assert compiled_decoder(model) is None
+        assert compiled_decoder(model) is None and compiled_encoder(model) is None
 
 
 @pytest.mark.parametrize(
     "z", [torch.zeros(2, 4), torch.zeros(3), torch.zeros(2, 3).double(), torch.zeros(2, 3).long()]
 )
 def test_other_codes_are_refused(hierarchy, z):
-    decoder = CompiledDecoder(decoder_plan(models_by_name(hierarchy)["cheb"]))
+    decoder = CompiledPlan(decoder_plan(models_by_name(hierarchy)["cheb"]))
     with pytest.raises(ValueError, match=r"latent codes \[B, 3\]"):
         decoder(z)
+
+
+@pytest.mark.parametrize("name", ["cheb", "spiral"])
+def test_edited_indices_are_refused(hierarchy, name):
+    model, z = models_by_name(hierarchy)[name], torch.randn(2, 3)
+    index = "col" if name == "cheb" else "spirals"
+    with torch.no_grad():
+        model.decode(z)
+        getattr(model.autoencoder.out_conv, index)[..., 0] = 10**9
+        with pytest.raises(ValueError, match=f"Expected '{index}' of vertices"):
+            model.decode(z)
+
+
+def test_tensors_of_inference_mode_are_taken_by_the_layers(hierarchy):
+    model, z = models_by_name(hierarchy)["cheb"], torch.randn(2, 3)
+    expected = model.decode(z).detach()
+    with torch.inference_mode():
+        model.autoencoder.out_conv.col = model.autoencoder.out_conv.col.clone()
+        assert compiled_decoder(model) is None
+        assert_close(model.decode(z), expected)

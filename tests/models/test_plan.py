@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from pyg_attnpool import MeshHierarchy
 from pyg_attnpool.models import MeshAutoencoder, MorphableModel
-from pyg_attnpool.models.plan import Linear, Sum, decoder_plan, run_plan
+from pyg_attnpool.models.plan import Linear, Sum, decoder_plan, encoder_plan, run_plan
 from tests.mesh.meshes import blob
 
 CHANNELS = dict(channels=(4, 6), decoder_channels=(6, 5, 7))
@@ -44,6 +44,37 @@ def test_a_plan_decodes_as_the_model_does(hierarchy, name):
     assert_close(out, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_encodes_as_the_model_does(hierarchy, name):
+    model = model_of(hierarchy, **CASES[name])
+    x = model.mean + model.std * torch.randn(4, *model.mean.shape, dtype=torch.double)
+    expected = model.encode(x)
+    assert expected.std(dim=0).max() > 1e-3
+    out = torch.from_numpy(run_plan(encoder_plan(model), x.numpy()))[:, 0]
+    assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("modes", [0, 7])
+def test_the_plan_of_modes(hierarchy, level, modes):
+    model = MorphableModel.modal(hierarchy, 3, level=level, modes=modes, hidden_channels=9)
+    model = model.double()
+    x = model.mean + torch.randn(20, *model.mean.shape, dtype=torch.double)
+    model.set_statistics(x.mean(dim=0), torch.rand_like(model.std) + 0.1)
+    model.autoencoder.fit_modes(lambda: [model.standardize(x)])
+    for parameter in model.autoencoder.to_code.parameters():  # the last layers start at zero
+        parameter.data.normal_()
+    for parameter in model.autoencoder.from_code.parameters():
+        parameter.data.normal_()
+    with torch.no_grad():
+        z = model.encode(x)
+        out = torch.from_numpy(run_plan(encoder_plan(model), x.numpy()))[:, 0]
+        assert_close(out, z, rtol=1e-10, atol=1e-10)
+        out = torch.from_numpy(run_plan(decoder_plan(model), z.numpy()))
+        # The mapping up is made in single precision.
+        assert_close(out, model.decode(z), rtol=1e-5, atol=1e-5)
+
+
 def test_the_plan_of_pca():
     vertices, faces = blob(1, seed=0)
     x = torch.from_numpy(vertices) + 0.1 * torch.randn(20, len(vertices), 3)
@@ -51,6 +82,8 @@ def test_the_plan_of_pca():
     z = torch.randn(4, 5, dtype=torch.double)
     out = torch.from_numpy(run_plan(decoder_plan(model), z.numpy()))
     assert_close(out, model.decode(z), rtol=1e-12, atol=1e-12)
+    out = torch.from_numpy(run_plan(encoder_plan(model), x.numpy()))[:, 0]
+    assert_close(out, model.encode(x), rtol=1e-12, atol=1e-12)
 
 
 def test_two_paths_add():
@@ -80,5 +113,5 @@ def test_a_network_of_ones_own_is_refused(hierarchy):
             return 2 * super().decode(z)
 
     model = MorphableModel(Other(hierarchy, latent_channels=3, **CHANNELS))
-    with pytest.raises(ValueError, match="Expected a MeshAutoencoder or PCA .*got Other"):
+    with pytest.raises(ValueError, match="Expected a MeshAutoencoder, PCA or .*got Other"):
         decoder_plan(model)

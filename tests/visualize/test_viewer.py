@@ -159,6 +159,13 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path, models, k
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_the_page_cannot_run_is_refused(tmp_path, models):
+    model = MorphableModel.modal(models["coma"].hierarchy, latent_channels=3, modes=4)
+    with pytest.raises(ValueError, match="MeshAutoencoder or PCA for a page .got ModalAutoenc"):
+        model.export(tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_page_has_the_kernels_that_node_is_tested_with():
     kernels = base64.b64encode((WEB / "src" / "kernels.wasm").read_bytes()).decode()
     assert kernels in (WEB / "viewer.html").read_text("utf-8")

@@ -1,6 +1,12 @@
-import pytest
+import json
 
-from benchmarks.speed import cheb_conv, parameters
+import numpy as np
+import pytest
+from scipy.sparse import csr_array
+
+from benchmarks.speed import cheb_conv, one_mesh, parameters
+from pyg_attnpool.models.plan import Gather, Linear, Spiral
+from pyg_attnpool.ops import _cpu
 
 
 def test_parameters_are_the_papers(capsys):
@@ -32,3 +38,26 @@ def test_what_ships(capsys, one_thread):
     assert len(shipped) == 2 and shipped[0] == shipped[1]
     for form in ("eager", "torch.export", "ONNX"):
         assert f"{form}: frozen attention takes" in out
+
+
+def test_operations_and_bytes_of_a_plan():
+    matrix = csr_array(np.eye(4, 3))  # three entries
+    plan = [
+        Linear(np.zeros((3, 2, 5)), np.zeros((3, 2))),  # 5 numbers to 6
+        Gather(matrix),  # to 8
+        Spiral(np.zeros((4, 7), int), np.zeros((7, 2, 3)), np.zeros(3)),  # to 12
+    ]
+    assert one_mesh.work(plan, 5) == [
+        (2 * 30, 4 * (5 + 6 + 30)),
+        (2 * 3 * 2, 4 * (6 + 8 + 2 * 3)),
+        (2 * 4 * 42, 4 * (8 + 12 + 28 + 42)),
+    ]
+
+
+def test_one_mesh(capsys, tmp_path, one_thread):
+    if not _cpu.AVAILABLE:
+        pytest.skip("there is no compiled library")
+    one_mesh.main(num_vertices=(1300,), repeat=1, output=tmp_path)
+    rows = json.loads((tmp_path / "one_mesh.json").read_text())["rows"]
+    assert [row["model"] for row in rows[::2]] == ["CoMA", "Neural3DMM", "modal"]
+    assert all(row["floor_seconds"] > 0 and row["difference"] < 1e-5 for row in rows)
