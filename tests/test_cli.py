@@ -21,6 +21,7 @@ from pyg_attnpool.mesh import read_mesh, write_mesh
 from pyg_attnpool.models.plan import run_plan
 from pyg_attnpool.training import load_checkpoint
 from pyg_attnpool.visualize import read_viewer
+from pyg_attnpool.visualize.page import read_page
 from tests.mesh.meshes import blob
 
 for name in ("tyro", "openmesh", "pytorch_lightning"):
@@ -284,6 +285,25 @@ def test_view_writes_a_page_and_opens_it(linear, tmp_path, monkeypatch, capsys):
     assert opened == [page.as_uri()] and page.exists()
 
 
+def test_report_tests_on_meshes_that_training_has_not_seen(run, scans, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["report", str(run), "--no-open"]) == 0
+    page = run / "report.html"
+    assert capsys.readouterr().out.strip() == str(page)
+    text = page.read_text("utf-8")
+    meshes = RegisteredMeshes(scans, unit="mm")
+    test = meshes[meshes.split().test]
+    assert f"{len(test)} test meshes" in text and "validation error" in text
+    errors = MorphableModel.load(run / "model").evaluate(test)
+    assert f"<td>{errors['mean']:.3f}</td>" in text
+    content = read_page(text)
+    assert {mesh["name"] for mesh in content["meshes"]} <= set(test.name)
+    # Of other meshes where they are named.
+    command = ["report", str(run), "-o", str(tmp_path / "a.html"), "--data", str(scans)]
+    assert main([*command, "--no-open"]) == 0
+    assert f"{len(meshes)} test meshes" in (tmp_path / "a.html").read_text("utf-8")
+
+
 def test_a_folder_of_scans_becomes_a_page_in_three_commands(scans, tmp_path, monkeypatch, capsys):
     r"""As a newcomer types them, in the folder where the scans are."""
     monkeypatch.chdir(tmp_path)
@@ -330,6 +350,12 @@ SHAPE = ["{scans}/0.ply", "{scans}/1.ply", "{scans}/2.ply"]
         (["view", "{run}", "-o", "page.txt"], "page.txt"),
         (["view", "{run}", "-o", "page.html", "--data", "other"], "vertices"),
         (["view", "later", "-o", "page.html"], "later release"),
+        (["report", "empty"], "got no model"),
+        (["report", "nowhere"], "got no model"),
+        (["report", "{run}", "-o", "page.txt"], "page.txt"),
+        (["report", "{run}", "-o", "page.html", "--data", "other"], "vertices"),
+        (["report", "unknown", "-o", "page.html"], "--data"),
+        (["report", "laters", "-o", "page.html"], "later release"),
         (["sample", "{run}", "-o", "run", "--n", "0"], "positive"),
         (["sample", "later", "-o", "run"], "later release"),
         (["interpolate", "{run}", "other/a.ply", SHAPE[0], "-o", "run"], "vertices in other"),
@@ -368,6 +394,8 @@ def test_mistakes_are_one_line(command, line, run, linear, scans, tmp_path, monk
     (tmp_path / "bad.json").write_text("[0.5, ")
     (tmp_path / "list.json").write_text("[0.5, 1]")
     later(run / "model", tmp_path / "later")
+    later(run / "model", tmp_path / "laters" / "a" / "model")
+    shutil.copytree(run / "model", tmp_path / "unknown" / "model")
     before = sorted(tmp_path.rglob("*"))
     assert main([part.format(run=run, linear=linear, scans=scans) for part in command]) == 1
     error = capsys.readouterr().err
@@ -394,6 +422,7 @@ COMMANDS = {
     "info": ["info", "a", "--b"],
     "export": ["export", "a"],
     "view": ["view", "a", "--b"],
+    "report": ["report"],
     "sample": ["sample", "a"],
     "interpolate": ["interpolate", "a", "b", "c", "-o", "d", "--steps", "many"],
     "transfer": ["transfer", "a", "b", "c", "-o", "d"],

@@ -23,6 +23,7 @@ COMMANDS = (
     model.info,
     model.export,
     look.view,
+    look.report,
     shapes.sample,
     shapes.interpolate,
     shapes.transfer,

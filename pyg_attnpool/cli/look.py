@@ -6,8 +6,17 @@ import os
 import sys
 import webbrowser
 from pathlib import Path
+from typing import Annotated
 
-from pyg_attnpool.cli.shared import Folder, MaybeOutput, read_meshes_of, read_model
+from tyro.conf import Positional, arg
+
+from pyg_attnpool.cli.shared import (
+    Folder,
+    MaybeOutput,
+    read_meshes_of,
+    read_model,
+    read_training_meshes,
+)
 
 
 def view(
@@ -32,11 +41,53 @@ def view(
     found = read_model(model)
     folder = model.resolve()
     page = folder.with_name(f"{folder.name}.html") if output is None else output
+    check_page(page)
+    meshes = None if data is None else read_meshes_of(found, data)
+    names = None if meshes is None else meshes.name
+    found.export(page, title=title or folder.name, meshes=meshes, names=names)
+    show(page, open)
+
+
+def report(
+    run: Annotated[Positional[Path], arg(metavar="RUN")],
+    *,
+    output: MaybeOutput = None,
+    data: Path | None = None,
+    open: bool = True,
+) -> None:
+    """Writes how a training or a comparison went as one web page, and opens it: learning curves,
+    errors, error maps on meshes that turn, the worst meshes, latent dimensions, mappings, settings.
+
+    Example: pyg-attnpool report faces/
+
+    Args:
+        run: Folder of a training, or of several with one template in the folders within.
+        output: The page; by default report.html in the folder.
+        data: Test meshes, in the unit of the model's files; by default the test part of those that
+            the models were trained on.
+        open: Open the page in the browser.
+    """
+    from pyg_attnpool.visualize import find_models, write_report
+
+    folders = find_models(run)
+    models = {name: read_model(folder) for name, folder in folders.items()}
+    page = run / "report.html" if output is None else output
+    check_page(page)
+    if data is None:
+        meshes = read_training_meshes(folders.values())
+        meshes = meshes[meshes.split().test]
+    else:
+        meshes = read_meshes_of(next(iter(models.values())), data)
+    write_report(page, models, meshes, folders, title=run.resolve().name)
+    show(page, open)
+
+
+# What they share ######################################################################
+
+
+def check_page(page: Path) -> None:
     if page.suffix.lower() != ".html":
         raise ValueError(f"Expected a page ending in '.html' (got {page})")
-    meshes = None if data is None else read_meshes_of(found, data)
-    found.export(page, title=title or folder.name, meshes=meshes)
-    show(page, open)
 
 
 def show(page: Path, wanted: bool) -> None:

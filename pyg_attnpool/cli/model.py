@@ -17,6 +17,7 @@ from pyg_attnpool.cli.shared import (
     read_meshes,
     read_meshes_of,
     read_model,
+    record_training_meshes,
 )
 
 SHOWN = ("mean", "std", "median")
@@ -104,11 +105,13 @@ def train(
     fitted.summary["test error (mm)"] = {name: float(f"{errors[name]:.4g}") for name in SHOWN}
     fitted.summary[ALIGNED] = align
     fitted.save(output / "model")
+    record_training_meshes(output, data, template, unit, align)
     print(_table({model: errors}))
     if model != "pca":
         linear = MorphableModel.pca(meshes.template, latent, unit).fit(meshes[split.train])
         print(_table({"PCA": linear.evaluate(meshes[split.test])}, header=False))
-    print(f"The model is {output / 'model'}. To look at it: pyg-attnpool view {output}")
+    print(f"The model is {output / 'model'}. Look at it: pyg-attnpool view {output}")
+    print(f"How it learned, and where it errs: pyg-attnpool report {output}")
 
 
 def evaluate(
