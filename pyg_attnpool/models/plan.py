@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
+import torch
 from numpy import ndarray
 from scipy.sparse import csr_array
+from scipy.special import expit
 from torch.nn import Module
 
 from pyg_attnpool.models.autoencoder import MeshAutoencoder
+from pyg_attnpool.models.modal import ModalAutoencoder
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
@@ -31,6 +34,29 @@ class Linear:
 
     def __call__(self, x: ndarray) -> ndarray:
         return np.einsum("nfd,bd->bnf", self.weight, x) + self.bias
+
+
+@dataclass(frozen=True)
+class Dense:
+    r"""A code :obj:`[B, D]` to another one :obj:`[B, E]`, by a weight :obj:`[D, E]` and a bias
+    :obj:`[E]`."""
+
+    weight: ndarray
+    bias: ndarray
+
+    def __call__(self, x: ndarray) -> ndarray:
+        return x @ self.weight + self.bias
+
+
+@dataclass(frozen=True)
+class Slice:
+    r"""Some channels of a code, from one on up to another."""
+
+    start: int
+    stop: int
+
+    def __call__(self, x: ndarray) -> ndarray:
+        return x[:, self.start : self.stop]
 
 
 @dataclass(frozen=True)
@@ -76,11 +102,13 @@ class Spiral:
 
 @dataclass(frozen=True)
 class Activation:
-    r"""ReLU or ELU, by name."""
+    r"""ReLU, ELU or SiLU, by name."""
 
     function: str
 
     def __call__(self, x: ndarray) -> ndarray:
+        if self.function == "silu":
+            return x * expit(x)
         return np.maximum(x, 0) + (np.expm1(np.minimum(x, 0)) if self.function == "elu" else 0)
 
 
@@ -97,7 +125,7 @@ class Affine:
 
 @dataclass(frozen=True)
 class Sum:
-    r"""The sum of several plans, each from the latent code."""
+    r"""The sum of several plans, each from the code that comes in."""
 
     paths: list[list[Step]]
 
@@ -105,7 +133,7 @@ class Sum:
         return sum((run_plan(path, x) for path in self.paths[1:]), run_plan(self.paths[0], x))
 
 
-Step: TypeAlias = Linear | Gather | Chebyshev | Spiral | Activation | Affine | Sum
+Step: TypeAlias = Linear | Dense | Slice | Gather | Chebyshev | Spiral | Activation | Affine | Sum
 
 
 def decoder_plan(model: MorphableModel) -> list[Step]:
@@ -113,8 +141,8 @@ def decoder_plan(model: MorphableModel) -> list[Step]:
 
     Args:
         model (MorphableModel): A model around a :class:`~pyg_attnpool.models.MeshAutoencoder` with
-            Chebyshev or spiral convolutions, or around a :class:`~pyg_attnpool.models.PCA`.
-            Learned aggregation is taken as it is now.
+            Chebyshev or spiral convolutions, a :class:`~pyg_attnpool.models.ModalAutoencoder` or a
+            :class:`~pyg_attnpool.models.PCA`. Learned aggregation is taken as it is now.
 
     Raises:
         ValueError: If the decoder holds a layer that has no step; the message names it.
@@ -146,10 +174,12 @@ def run_plan(plan: list[Step], z: ndarray) -> ndarray:
 def _network(network: Module) -> list[Step]:
     # The exact classes: a subclass may decode in another way.
     if type(network) is PCA:
-        return [Linear(_array(network.components.permute(1, 2, 0)), _array(network.mean))]
+        return [_linear(network)]
+    if type(network) is ModalAutoencoder:
+        return _modal(network)
     if type(network) is not MeshAutoencoder:
         raise ValueError(
-            f"Expected a MeshAutoencoder or PCA to take the decoder of (got "
+            f"Expected a MeshAutoencoder, ModalAutoencoder or PCA to take the decoder of (got "
             f"{type(network).__name__})"
         )
     config = network.config
@@ -167,6 +197,29 @@ def _network(network: Module) -> list[Step]:
             *_activation(config.activation),
         ]
     return [*plan, _step("out_conv", network.out_conv)]
+
+
+def _linear(network: PCA) -> Linear:
+    return Linear(_array(network.components.permute(1, 2, 0)), _array(network.mean))
+
+
+def _modal(network: ModalAutoencoder) -> list[Step]:
+    # The coefficients of the linear path and of the modes, one code; then the surface of each.
+    latent, scale, balance = network.latent_channels, network.scale, network._balance()
+    layers = [layer for layer in network.from_code if isinstance(layer, torch.nn.Linear)]
+    bent: list[Step] = []
+    for layer in layers:
+        last = layer is layers[-1]
+        factor = balance if last else torch.ones_like(layer.bias)
+        bent.append(Dense(_array(layer.weight.t() * factor), _array(layer.bias * factor)))
+        bent += _activation(None if last else "silu")
+    straight = np.zeros((latent, len(scale)))
+    np.fill_diagonal(straight, _array(scale))
+    surfaces: list[list[Step]] = [[Slice(0, latent), _linear(network.linear)]]
+    if len(scale) > latent:
+        unpools = [_step(f"unpools.{i}", layer) for i, layer in enumerate(network.unpools)]
+        surfaces.append([Slice(latent, len(scale)), _linear(network.modes), *unpools])
+    return [Sum([[Dense(straight, np.zeros(len(scale)))], bent]), Sum(surfaces)]
 
 
 def _step(name: str, layer: Module) -> Step:

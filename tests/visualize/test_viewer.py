@@ -55,6 +55,11 @@ def models(meshes):
                 model.autoencoder.from_latent.weight *= 20  # codes that can be told apart
             model.set_statistics(x.mean(dim=0), x.std(dim=0))
             model.set_latent_statistics(x)
+    models["modal"] = MorphableModel.modal(hierarchy, 4, modes=9, hidden_channels=10)
+    models["modal"].set_statistics(x.mean(dim=0), x.std() + 0 * x[0])
+    models["modal"].autoencoder.fit_modes(lambda: [models["modal"].standardize(x)])
+    torch.nn.init.normal_(models["modal"].autoencoder.from_code[-1].weight)  # bent
+    models["modal"].set_latent_statistics(x)
     return models
 
 
@@ -74,7 +79,7 @@ def check_vertices(model, codes, vertices):
     assert np.abs(np.asarray(vertices) - expected).max() < 1e-4 * size(model)
 
 
-NAMES = ["pca", "coma", "neural3dmm", "wide"]
+NAMES = ["pca", "coma", "neural3dmm", "wide", "modal"]
 
 
 @pytest.mark.parametrize("name", NAMES)
