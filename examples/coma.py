@@ -30,7 +30,7 @@ from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.datasets import AnnyFaces, RegisteredMeshes, looks_unaligned
 from pyg_attnpool.files import replacing
 from pyg_attnpool.training import quiet_lightning
-from pyg_attnpool.visualize import plot_reconstructions
+from pyg_attnpool.visualize import plot_reconstructions, write_report
 
 Pooling = Literal["qem", "attention", "full", "diffpool", "average", "variant"]
 
@@ -73,7 +73,7 @@ class Options:
 
 
 def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Options, name: str):
-    r"""Trains a model per pooling and writes models, a table and a picture."""
+    r"""Trains a model per pooling and writes models, a table, a picture and a report."""
     quiet_lightning()
     output = Path("runs") / name if options.output is None else options.output
     if options.data is None:
@@ -82,7 +82,8 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
         dataset = RegisteredMeshes(
             options.data, options.template, options.unit, align=options.align
         )
-    train, val, test = (dataset.vertices[part] for part in dataset.split("interpolation"))
+    split = dataset.split("interpolation")
+    train, val, test = (dataset.vertices[part] for part in split)
     print(f"{dataset}: {len(train)} training, {len(val)} validation and {len(test)} test meshes")
     if looks_unaligned(train):
         print("The meshes differ mostly by rigid motion: --align takes it away.")
@@ -94,7 +95,7 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
         steps = -(-len(train) // options.batch_size)
         epochs = -(-1700 // steps) if options.optimizer == "one_cycle" else 300
     shown = test[torch.linspace(0, len(test) - 1, min(5, len(test))).long()]
-    rows, pictures = [], {}
+    rows, pictures, models = [], {}, {}
     for pool in (*options.pool, "pca"):
         torch.manual_seed(options.seed)
         if pool == "pca":
@@ -119,6 +120,7 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
         rows.append({"model": pool, **sizes, **model.evaluate(test)})
         with torch.no_grad():
             pictures[pool] = model(shown)
+        models[pool] = model
 
     print("\nError per vertex on unseen meshes in mm, parameters, latent channels that vary:\n")
     print("model          mean     std  median     trained     shipped  alive")
@@ -132,7 +134,10 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
         writer.writeheader()
         writer.writerows(rows)
     plot_reconstructions(output / "errors.png", hierarchy.faces[0], shown, pictures)
+    folders = {pool: output / pool for pool in models}
+    write_report(output / "report.html", models, dataset[split.test], folders)
     print(f"Models, checkpoints, results.csv and errors.png are in {output}")
+    print(f"open {output / 'report.html'}")
 
 
 def main(options: Options):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from pyg_attnpool.training.data import MeshData
@@ -149,7 +152,7 @@ def run(
     files.has_best = resume
     keep_freed_memory()
     try:
-        with warnings.catch_warnings():
+        with _interruptible(trainer), warnings.catch_warnings():
             # The meshes are on the device already; workers would only copy them.
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
@@ -173,6 +176,22 @@ def run(
     best = load_checkpoint(files.folder / BEST) if trainer.is_global_zero else {}
     best = trainer.strategy.broadcast(best)  # the other processes may not see the folder
     return best, best["callbacks"][best_of.state_key]["best_model_score"].item()
+
+
+@contextmanager
+def _interruptible(trainer: pl.Trainer) -> Iterator[None]:
+    # Ctrl-C stays an interrupt: Lightning ends the process and has it ignore the next.
+    here = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if here else None
+    try:
+        yield
+    except SystemExit as e:
+        if trainer.state.status == TrainerStatus.INTERRUPTED:
+            raise KeyboardInterrupt from e
+        raise
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 class _Checkpoints(TorchCheckpointIO):

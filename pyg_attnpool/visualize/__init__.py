@@ -8,10 +8,12 @@ from pyg_attnpool.visualize.pictures import (
     write_animation,
     write_picture,
 )
+from pyg_attnpool.visualize.report import find_models, write_report
 from pyg_attnpool.visualize.viewer import read_viewer, write_viewer
 
 __all__ = [
     "draw_meshes",
+    "find_models",
     "plot_mesh",
     "plot_reconstructions",
     "read_viewer",
@@ -20,5 +22,6 @@ __all__ = [
     "view_box",
     "write_animation",
     "write_picture",
+    "write_report",
     "write_viewer",
 ]

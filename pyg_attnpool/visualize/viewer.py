@@ -3,29 +3,20 @@ dimension and the frozen decoder. :obj:`web/` holds the page."""
 
 from __future__ import annotations
 
-import base64
-import gzip
-import hashlib
-import html
-import json
-import re
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import torch
-from numpy import ndarray
-from scipy.sparse import csr_array
 from torch import Tensor
 
 from pyg_attnpool.datasets.inputs import as_meshes, blocks
 from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import encode_all
-from pyg_attnpool.models.plan import Linear, Step, Sum, decoder_plan, run_plan
+from pyg_attnpool.models.plan import Step, decoder_plan, run_plan
 from pyg_attnpool.units import metres
+from pyg_attnpool.visualize.page import fill_page, read_page
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
@@ -77,7 +68,7 @@ def write_viewer(
         expected = _decode(model, codes).numpy()
     size = np.linalg.norm(np.ptp(model.template.double().numpy(force=True), axis=0))
     for quantised in (True, False):
-        page = _page(content, quantised)
+        page = fill_page("viewer", content["title"], content, QUANTISED if quantised else ())
         out = run_plan(read_viewer(page)["plan"], codes.numpy())
         difference = np.abs(out[..., :3] - expected).max() / size
         if difference <= TOLERANCE / 2:  # the page's own rounding needs the other half
@@ -107,18 +98,17 @@ def read_viewer(page: str) -> dict[str, Any]:
         >>> difference = write_viewer(model, "page.html", meshes[:2])
         >>> sorted(read_viewer(open("page.html").read()))[:3]  # doctest: +SKIP
     """
-    blocks = re.findall(r'<script type="[^"]*" id="(model|arrays)">(.*?)</script>', page, re.S)
-    found = dict(blocks)
-    if set(found) != {"model", "arrays"}:
-        raise ValueError(f"Expected a page of `write_viewer` (got blocks {sorted(found)})")
-    description = json.loads(found["model"])
-    data = gzip.decompress(base64.b64decode(found["arrays"]))
-    arrays = []
-    for entry in description["arrays"]:
-        count = int(np.prod(entry["shape"]))
-        array = np.frombuffer(data, entry["dtype"], count, entry["offset"]).reshape(entry["shape"])
-        arrays.append(array * entry["scale"] if entry["scale"] else array)
-    return _restored(description["content"], arrays)
+    return read_page(page, STEPS)
+
+
+@torch.no_grad()
+def moved_by_dimension(model: MorphableModel) -> Tensor:
+    r"""How far the surface moves, in the mean, between -2 and +2 standard deviations of every
+    latent dimension :obj:`[latent_channels]`, in millimetres."""
+    mean, std = (t.detach().cpu().double() for t in (model.latent_mean, model.latent_std))
+    steps = torch.diag(2 * std)
+    moved = _decode(model, mean + steps) - _decode(model, mean - steps)
+    return 1000 * moved.norm(dim=-1).mean(dim=-1)
 
 
 # What the page shows ##################################################################
@@ -134,36 +124,23 @@ def _describe(
     # The symmetric root: the covariance of dimensions that never vary has no Cholesky factor.
     values, vectors = torch.linalg.eigh(covariance)
     factor = vectors * values.clamp(min=0).sqrt() @ vectors.t()
-    steps = torch.diag(2 * std)
-    moved = (_decode(model, mean + steps) - _decode(model, mean - steps)).norm(dim=-1).mean(dim=-1)
     return {
         "title": title,
         "unit": model.unit,
         "metres": metres(model.unit),
-        "plan": _plan(model),
+        "plan": decoder_plan(model),
         "faces": model.faces.numpy(force=True),
         "latent": {
             "mean": mean.tolist(),
             "std": std.tolist(),
             "factor": factor.tolist(),
-            # How far the surface moves between -2 and +2 standard deviations, in millimetres.
-            "moved": (1000 * moved).tolist(),
+            "moved": moved_by_dimension(model).tolist(),
         },
         "meshes": [
             {"name": "Mean", "code": mean.tolist(), "residual": None},
             *_stored(model, mean, factor, meshes, names),
         ],
     }
-
-
-def _plan(model: MorphableModel) -> list[Step]:
-    plan = decoder_plan(model)
-    if any(isinstance(step, Linear | Sum) for step in plan[1:]):  # the page's take the code alone
-        raise ValueError(
-            f"Expected a MeshAutoencoder or PCA for a page (got "
-            f"{type(model.autoencoder).__name__}, whose perceptrons it does not run)"
-        )
-    return plan
 
 
 def _stored(
@@ -203,81 +180,3 @@ def _extremes(model: MorphableModel) -> Tensor:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(8, len(mean), generator=generator, dtype=torch.double)
     return torch.cat([mean.unsqueeze(0), mean + ends, mean - ends, mean + std * noise])
-
-
-# How the page stores it ###############################################################
-
-
-def _page(content: dict[str, Any], quantised: bool) -> str:
-    arrays = _Arrays(quantised)
-    description = {"content": arrays.described("", content), "arrays": arrays.entries}
-    # No text of the model may end its block.
-    described = json.dumps(description).replace("<", "\\u003c")
-    data = base64.b64encode(gzip.compress(bytes(arrays.data), 9, mtime=0)).decode()
-    template = (files("pyg_attnpool.visualize") / "web" / "viewer.html").read_text("utf-8")
-    for mark, text in (
-        ("<!--title-->", html.escape(content["title"])),
-        ("<!--model-->", f'<script type="application/json" id="model">{described}</script>'),
-        ("<!--arrays-->", f'<script type="application/gzip" id="arrays">{data}</script>'),
-    ):
-        template = template.replace(mark, text, 1)
-    return template
-
-
-class _Arrays:
-    # All arrays of a page in one block of bytes. Equal ones, such as a matrix of two layers, once.
-    def __init__(self, quantised: bool):
-        self.quantised = quantised
-        self.entries: list[dict[str, Any]] = []
-        self.data = bytearray()
-        self.known: dict[tuple[Any, ...], int] = {}
-
-    def described(self, name: str, value: Any) -> Any:
-        r"""A value as JSON holds it, with its arrays set aside."""
-        if isinstance(value, ndarray):
-            return {"array": self._add(value, self.quantised and name in QUANTISED)}
-        if isinstance(value, csr_array):
-            parts = {"rowptr": value.indptr, "col": value.indices, "value": value.data}
-            parts = {key: self.described(key, part) for key, part in parts.items()}
-            return {**parts, "shape": list(value.shape)}
-        if is_dataclass(value):
-            parts = {f.name: self.described(f.name, getattr(value, f.name)) for f in fields(value)}
-            return {"op": type(value).__name__, **parts}
-        if isinstance(value, dict):
-            return {key: self.described(key, item) for key, item in value.items()}
-        if isinstance(value, list):
-            return [self.described(name, item) for item in value]
-        return value
-
-    def _add(self, array: ndarray, quantised: bool) -> int:
-        scale = 0.0
-        if array.dtype.kind == "f" and quantised:
-            scale = float(np.abs(array).max(initial=0)) / 32767 or 1.0
-            array = np.rint(array / scale).astype("<i2")
-        elif array.dtype.kind == "f":
-            array = array.astype("<f4")
-        else:
-            low, high = array.min(initial=0), array.max(initial=0)
-            array = array.astype("<u2" if 0 <= low and high < 2**16 else "<i4")
-        content = np.ascontiguousarray(array).tobytes()
-        key = (array.dtype.str, array.shape, scale, hashlib.sha256(content).digest())
-        if key not in self.known:
-            self.known[key] = len(self.entries)
-            entry = {"dtype": array.dtype.name, "shape": list(array.shape), "scale": scale}
-            self.entries.append({**entry, "offset": len(self.data)})
-            self.data += content + bytes(-len(content) % 4)  # every array begins at a whole word
-        return self.known[key]
-
-
-def _restored(node: Any, arrays: list[ndarray]) -> Any:
-    if isinstance(node, list):
-        return [_restored(item, arrays) for item in node]
-    if not isinstance(node, dict):
-        return node
-    if "array" in node:
-        return arrays[node["array"]]
-    node = {key: _restored(item, arrays) for key, item in node.items()}
-    if "rowptr" in node:
-        return csr_array((node["value"], node["col"], node["rowptr"]), shape=node["shape"])
-    step = STEPS.get(node.pop("op", None))
-    return node if step is None else step(**node)

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from pyg_attnpool import MeshHierarchy
 from pyg_attnpool.models import MeshAutoencoder, MorphableModel
-from pyg_attnpool.models.plan import Linear, Sum, decoder_plan, encoder_plan, run_plan
+from pyg_attnpool.models.plan import Activation, Linear, Sum, decoder_plan, encoder_plan, run_plan
 from tests.mesh.meshes import blob
 
 CHANNELS = dict(channels=(4, 6), decoder_channels=(6, 5, 7))
@@ -105,6 +105,13 @@ def test_two_paths_add():
 def test_a_layer_without_a_step_is_named(hierarchy, kwargs, got):
     with pytest.raises(ValueError, match=f"Chebyshev or spiral convolutions .got {got}"):
         decoder_plan(model_of(hierarchy, **kwargs))
+
+
+@pytest.mark.parametrize("name", ["relu", "elu", "silu"])
+def test_activations_are_those_of_torch(name):
+    x = np.linspace(-100, 100, 2001)
+    expected = getattr(torch.nn.functional, name)(torch.from_numpy(x))
+    np.testing.assert_allclose(Activation(name)(x), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_a_network_of_ones_own_is_refused(hierarchy):

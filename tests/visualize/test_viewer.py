@@ -1,11 +1,9 @@
 import base64
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ from pyg_attnpool.models import MeshAutoencoder, MorphableModel
 from pyg_attnpool.models.plan import run_plan
 from pyg_attnpool.visualize import read_viewer
 from tests.mesh.meshes import blob
+from tests.visualize.browser import opened
 
 WEB = Path(pyg_attnpool.visualize.__file__).parent / "web"
 CHANNELS = dict(channels=(4, 6), decoder_channels=(6, 5, 7))
@@ -56,6 +55,11 @@ def models(meshes):
                 model.autoencoder.from_latent.weight *= 20  # codes that can be told apart
             model.set_statistics(x.mean(dim=0), x.std(dim=0))
             model.set_latent_statistics(x)
+    models["modal"] = MorphableModel.modal(hierarchy, 4, modes=9, hidden_channels=10)
+    models["modal"].set_statistics(x.mean(dim=0), x.std() + 0 * x[0])
+    models["modal"].autoencoder.fit_modes(lambda: [models["modal"].standardize(x)])
+    torch.nn.init.normal_(models["modal"].autoencoder.from_code[-1].weight)  # bent
+    models["modal"].set_latent_statistics(x)
     return models
 
 
@@ -75,7 +79,7 @@ def check_vertices(model, codes, vertices):
     assert np.abs(np.asarray(vertices) - expected).max() < 1e-4 * size(model)
 
 
-NAMES = ["pca", "coma", "neural3dmm", "wide"]
+NAMES = ["pca", "coma", "neural3dmm", "wide", "modal"]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -172,7 +176,7 @@ def test_the_page_has_the_kernels_that_node_is_tested_with():
 
 
 def test_only_pages_are_read():
-    with pytest.raises(ValueError, match="Expected a page of `write_viewer`"):
+    with pytest.raises(ValueError, match="Expected a page of pyg_attnpool"):
         read_viewer("<html></html>")
 
 
@@ -190,40 +194,6 @@ def test_pages_need_the_core_alone(tmp_path, models):
 
 
 # In a browser #########################################################################
-
-
-@pytest.fixture(scope="module")
-def browser():
-    r"""Headless Chromium."""
-    try:
-        from playwright.sync_api import sync_playwright
-    except ImportError:
-        pytest.skip("needs playwright, to drive a browser")
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    if path is None:
-        pytest.skip(f"needs one of the browsers {names}")
-    # As root there is no sandbox, and without a GPU no other GL.
-    args = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    args += ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=path, args=args)
-
-
-@contextmanager
-def opened(browser, path, **kwargs):
-    r"""A page that reaches nothing but its file, and has no errors."""
-    problems = []
-    page = browser.new_page(reduced_motion="reduce", **kwargs)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
-    own = ("file:", "data:", "blob:")
-    page.on("request", lambda r: None if r.url.startswith(own) else problems.append(r.url))
-    page.goto(Path(path).as_uri())
-    page.wait_for_function("window.viewer !== undefined")
-    yield page
-    page.close()
-    assert not problems
 
 
 def shown(page):

@@ -17,12 +17,9 @@ class Decoder {
     this.zeros = 0;
     this.shared = new Map();
     this.steps = [];
-    const width = latentSize(plan);
-    this.code = { at: this.floats(width), width };
     this.zeros = this.floats(4096); // a row that no spiral fills
-    this.one = this.ints([0, width]);
-    this.order = this.ints(Int32Array.from({ length: width }, (_, i) => i));
-    this.out = this.path(plan);
+    this.code = this.features(1, latentSize(plan)); // a code is one row
+    this.out = this.path(plan, this.code);
     this.numVertices = this.out.rows;
     this.channels = this.out.channels;
     this.stride = up4(this.channels);
@@ -30,7 +27,7 @@ class Decoder {
 
   // Features [numVertices * stride] of a code; a view that the next decode overwrites.
   decode(code) {
-    new Float32Array(this.memory.buffer, this.code.at, this.code.width).set(code);
+    new Float32Array(this.memory.buffer, this.code.at, this.code.channels).set(code);
     for (const step of this.steps) step();
     const { at, rows } = this.out;
     return new Float32Array(this.memory.buffer, at, rows * this.stride);
@@ -102,8 +99,7 @@ class Decoder {
 
   // Steps ############################################################################
 
-  path(plan) {
-    let x = null;
+  path(plan, x) {
     for (const step of plan) x = this[step.op](step, x);
     return x;
   }
@@ -122,7 +118,7 @@ class Decoder {
     this.steps.push(() => this.kernels.dense(rows, width, weight, bias, y.at, up4(y.rows), vecs));
   }
 
-  Linear({ weight, bias }) {
+  Linear({ weight, bias }, code) {
     // One row of N * F features: the columns of the weight, gathered with the code as weights.
     const [rows, channels, width] = weight.shape;
     const y = this.features(rows, channels);
@@ -133,11 +129,11 @@ class Decoder {
       const at = Math.floor(i / channels) * stride + (i % channels);
       for (let d = 0; d < width; d++) view[d * rows * stride + at] = weight.data[i * width + d];
     }
-    const add = this.padded(bias);
-    const { one, order, code } = this;
-    const vecs = (rows * stride) / 4;
+    const first = this.padded(bias);
+    const one = this.ints([0, width]);
+    const order = this.ints(Int32Array.from({ length: width }, (_, i) => i));
     this.steps.push(() =>
-      this.kernels.gather(one, order, code.at, columns, y.at, 1, vecs, 1, add, 0),
+      this.kernels.gather(one, order, code.at, columns, y.at, 1, (rows * stride) / 4, 1, first, 0),
     );
     return y;
   }
@@ -206,8 +202,8 @@ class Decoder {
     return x;
   }
 
-  Sum({ paths }) {
-    const [y, ...others] = paths.map((path) => this.path(path));
+  Sum({ paths }, code) {
+    const [y, ...others] = paths.map((path) => this.path(path, code));
     const count = y.rows * up4(y.channels);
     for (const x of others) this.steps.push(() => this.kernels.add(y.at, x.at, count));
     return y;
@@ -216,7 +212,8 @@ class Decoder {
 
 function latentSize(plan) {
   const [first] = plan;
-  return first.op === "Sum" ? latentSize(first.paths[0]) : first.weight.shape[2];
+  if (first.op === "Sum") return latentSize(first.paths[0]);
+  return first.weight.shape[2];
 }
 
 // The matrices [F, F'] of weights [K, F, F'].

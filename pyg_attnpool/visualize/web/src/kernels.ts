@@ -146,28 +146,45 @@ export function relu(y: usize, count: i32): void {
   }
 }
 
-// max(y, 0) + exp(min(y, 0)) - 1. The exponential is 2^n times its Taylor series to the seventh
-// power on [-ln 2 / 2, ln 2 / 2].
+// max(y, 0) + exp(min(y, 0)) - 1.
 export function elu(y: usize, count: i32): void {
   const zero = f32x4.splat(0), one = f32x4.splat(1);
   for (let at: usize = 0; at < <usize>count << 2; at += 16) {
     const x = v128.load(y + at);
-    const t = f32x4.max(f32x4.min(x, zero), f32x4.splat(-80));
-    const n = f32x4.nearest(f32x4.mul(t, f32x4.splat(1.44269504)));
-    const r = f32x4.sub(
-      f32x4.sub(t, f32x4.mul(n, f32x4.splat(0.693359375))),
-      f32x4.mul(n, f32x4.splat(-2.12194440e-4)),
-    );
-    let p = f32x4.splat(1.0 / 5040.0);
-    p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 720.0));
-    p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 120.0));
-    p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 24.0));
-    p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 6.0));
-    p = f32x4.add(f32x4.mul(p, r), f32x4.splat(0.5));
-    p = f32x4.add(f32x4.mul(p, r), one);
-    p = f32x4.add(f32x4.mul(p, r), one);
-    // Adding n to the exponent multiplies by 2^n.
-    const power = i32x4.add(p, i32x4.shl(i32x4.trunc_sat_f32x4_s(n), 23));
+    const power = exp4(f32x4.min(x, zero));
     v128.store(y + at, f32x4.add(f32x4.max(x, zero), f32x4.sub(power, one)));
   }
+}
+
+// y / (1 + exp(-y)).
+export function silu(y: usize, count: i32): void {
+  const one = f32x4.splat(1);
+  for (let at: usize = 0; at < <usize>count << 2; at += 16) {
+    const x = v128.load(y + at);
+    v128.store(y + at, f32x4.div(x, f32x4.add(one, exp4(f32x4.neg(x)))));
+  }
+}
+
+// The exponential, of -80 to 80: 2^n times its Taylor series to the seventh power on
+// [-ln 2 / 2, ln 2 / 2].
+// @ts-ignore: decorator
+@inline
+function exp4(x: v128): v128 {
+  const one = f32x4.splat(1);
+  const t = f32x4.max(f32x4.min(x, f32x4.splat(80)), f32x4.splat(-80));
+  const n = f32x4.nearest(f32x4.mul(t, f32x4.splat(1.44269504)));
+  const r = f32x4.sub(
+    f32x4.sub(t, f32x4.mul(n, f32x4.splat(0.693359375))),
+    f32x4.mul(n, f32x4.splat(-2.12194440e-4)),
+  );
+  let p = f32x4.splat(1.0 / 5040.0);
+  p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 720.0));
+  p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 120.0));
+  p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 24.0));
+  p = f32x4.add(f32x4.mul(p, r), f32x4.splat(1.0 / 6.0));
+  p = f32x4.add(f32x4.mul(p, r), f32x4.splat(0.5));
+  p = f32x4.add(f32x4.mul(p, r), one);
+  p = f32x4.add(f32x4.mul(p, r), one);
+  // Adding n to the exponent multiplies by 2^n.
+  return i32x4.add(p, i32x4.shl(i32x4.trunc_sat_f32x4_s(n), 23));
 }

@@ -4,6 +4,7 @@ import { save, toObj, toPly } from "./files.js";
 import wasm from "./kernels.wasm";
 import { readPayload } from "./payload.js";
 import { Stage } from "./scene.js";
+import { makeTheme } from "./theme.js";
 
 const $ = (id) => document.getElementById(id);
 const REDUCED = matchMedia("(prefers-reduced-motion: reduce)");
@@ -19,7 +20,9 @@ class Viewer {
     this.faces = model.faces.data;
     const { mean, std, moved } = model.latent;
     this.code = Float64Array.from(mean);
-    this.stage = new Stage($("canvas"), this.faces, decoder.numVertices);
+    // On a small stage the legend stands above the mesh.
+    const margin = () => ($("canvas").clientHeight < 520 ? 1.45 : 1.22);
+    this.stage = new Stage($("canvas"), this.faces, decoder.numVertices, margin);
     this.meshes = model.meshes.map((mesh) => ({ ...mesh, code: Float64Array.from(mesh.code) }));
     this.values = new Float32Array(decoder.numVertices);
     this.top = 0;
@@ -357,23 +360,11 @@ class Viewer {
 
   makeTools() {
     $("view").onclick = () => this.stage.front();
-    $("theme").onclick = () => this.switchTheme();
     $("help").onclick = () => $("dialog").showModal();
     $("dialog").addEventListener("click", (event) => {
       if (event.target === $("dialog")) $("dialog").close(); // the ground around it
     });
-    const dark = matchMedia("(prefers-color-scheme: dark)");
-    this.setTheme(dark.matches ? "dark" : "light");
-    dark.addEventListener("change", () => this.setTheme(dark.matches ? "dark" : "light"));
-  }
-
-  setTheme(theme) {
-    document.documentElement.dataset.theme = theme;
-    this.stage.setTheme(theme);
-  }
-
-  switchTheme() {
-    this.setTheme(document.documentElement.dataset.theme === "dark" ? "light" : "dark");
+    this.switchTheme = makeTheme($("theme"), (theme) => this.stage.setTheme(theme));
   }
 
   nextColour() {

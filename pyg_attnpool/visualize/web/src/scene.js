@@ -21,8 +21,10 @@ const CLAY = { light: "#dcc8b6", dark: "#d3bfae" };
 const AZIMUTH = (20 * Math.PI) / 180; // y is up and z towards the viewer
 
 export class Stage {
-  constructor(canvas, faces, numVertices) {
+  // `margin` gives the height of the stage over that of the mesh.
+  constructor(canvas, faces, numVertices, margin) {
     this.canvas = canvas;
+    this.margin = margin;
     this.faces = faces;
     this.renderer = new WebGLRenderer({
       canvas,
@@ -90,9 +92,7 @@ export class Stage {
     const { camera, controls, radius, size, center } = this;
     const half = Math.tan((camera.fov * Math.PI) / 360);
     const wide = Math.hypot(size.x * Math.cos(AZIMUTH), size.z * Math.sin(AZIMUTH));
-    // On a small stage the legend stands above the mesh.
-    const margin = this.canvas.clientHeight < 520 ? 1.45 : 1.22;
-    const distance = (margin * Math.max(size.y, wide / camera.aspect)) / (2 * half) + size.z / 2;
+    const distance = (this.margin() * Math.max(size.y, wide / camera.aspect)) / (2 * half) + size.z / 2;
     camera.near = distance / 100;
     camera.far = distance * 100;
     camera.updateProjectionMatrix();

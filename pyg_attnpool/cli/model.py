@@ -1,39 +1,39 @@
-r"""The command line :obj:`pyg-attnpool` (extra :obj:`cli`): from a folder of registered meshes to a
-morphable model, and what one does with it. Every command imports what it needs when it runs."""
+r"""Commands on a model as a whole: train, evaluate, info, export."""
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-# Threads that spin while they wait slow a busy machine ten times. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+from tyro.conf import Positional, arg
 
-try:
-    import tyro
-    from tyro.conf import Positional, arg
-except ImportError as e:
-    raise ImportError(
-        "The command line requires 'tyro': install it with `pip install \"pyg_attnpool[cli]\"`"
-    ) from e
+from pyg_attnpool.cli.shared import (
+    ALIGNED,
+    Folder,
+    Output,
+    Unit,
+    as_json,
+    note,
+    read_meshes,
+    read_meshes_of,
+    read_model,
+    record_training_meshes,
+)
 
-if TYPE_CHECKING:
-    from pyg_attnpool import MorphableModel
-    from pyg_attnpool.datasets import RegisteredMeshes
+SHOWN = ("mean", "std", "median")
+MEANINGS = {
+    "generalisation": "mm from an unseen mesh to the closest that the model has",
+    "specificity": "mm from a sample of the model to the closest real mesh",
+    "compactness": "of the variance lies along the first direction",
+    "diversity": "mm between two samples",
+    "diversity of test meshes": "mm between two real meshes",
+    "coverage": "of the real meshes are the closest to some sample",
+    "nearest neighbor accuracy": "of samples and real meshes told apart; one half is best",
+}
 
-app = tyro.extras.SubcommandApp()
 
-Unit = Literal["m", "cm", "mm"]
-Output = Annotated[Path, arg(aliases=["-o"])]
-
-
-@app.command
 def train(
-    data: Positional[Path],
+    data: Annotated[Positional[Path], arg(metavar="DATA")],
     *,
     output: Output,
     template: Path | None = None,
@@ -73,7 +73,7 @@ def train(
 
     if steps < 1 or batch_size < 1:
         raise ValueError(f"Expected positive steps and batch size (got {steps} and {batch_size})")
-    meshes = _read(data, template, unit, align)
+    meshes = read_meshes(data, template, unit, align)
     split = meshes.split()
     print(
         f"{len(meshes)} meshes of {len(meshes.template[0]):,} vertices: {len(split.train)} for "
@@ -103,50 +103,72 @@ def train(
         fitted.cpu()
     errors = fitted.evaluate(meshes[split.test])
     fitted.summary["test error (mm)"] = {name: float(f"{errors[name]:.4g}") for name in SHOWN}
+    fitted.summary[ALIGNED] = align
     fitted.save(output / "model")
+    record_training_meshes(output, data, template, unit, align)
     print(_table({model: errors}))
     if model != "pca":
         linear = MorphableModel.pca(meshes.template, latent, unit).fit(meshes[split.train])
         print(_table({"PCA": linear.evaluate(meshes[split.test])}, header=False))
-    print(f"The model is {output / 'model'}")
+    print(f"The model is {output / 'model'}. Look at it: pyg-attnpool view {output}")
+    print(f"How it learned, and where it errs: pyg-attnpool report {output}")
 
 
-@app.command
 def evaluate(
-    model: Positional[Path],
-    data: Positional[Path],
+    model: Folder,
+    data: Annotated[Positional[Path], arg(metavar="DATA")],
     *,
-    align: bool = False,
+    train: Path | None = None,
+    samples: int = 100,
+    seed: int = 0,
     json: bool = False,
 ) -> None:
-    """Prints the error of a model on registered meshes, in millimetres.
+    """Prints how far a model is from registered meshes that it has not seen, and what its own
+    meshes are like: how close to real ones (specificity), how different from each other
+    (diversity), how much few directions hold (compactness).
 
-    Example: pyg-attnpool evaluate faces/ unseen/
+    Example: pyg-attnpool evaluate faces/ unseen/ --train scans/
 
     Args:
-        model: Folder of a model or of its run.
         data: Folder of mesh files, or an .npz or .npy file, in the unit of the model's files.
-        align: Turn and move every mesh onto the template first.
+        train: Those that the model was trained on, which specificity and compactness are of; by
+            default data.
+        samples: Meshes that the model makes.
+        seed: Seed of these.
         json: Print JSON.
     """
-    found = _load(model)
-    template = found.template.numpy(), found.faces.numpy()
-    meshes = _read(data, template, found.unit, align)
-    errors = found.evaluate(meshes)
-    print(_json(errors) if json else _table({model.name: errors}))
+    import torch
+
+    from pyg_attnpool.metrics import generation
+
+    if samples < 2:
+        raise ValueError(f"Expected at least two samples (got {samples})")
+    found = read_model(model)
+    meshes = read_meshes_of(found, data)
+    known = meshes if train is None else read_meshes_of(found, train)
+    values: dict[str, Any] = found.evaluate(meshes)
+    table = _table({model.name: values})
+    if len(meshes) > 1:
+        generator = torch.Generator().manual_seed(seed)
+        more = generation(found, known, meshes, samples, generator)
+        values |= more
+        table += "\n\n" + "\n".join(
+            f"{name:26}{more[name]:8.3f}  {meaning}" for name, meaning in MEANINGS.items()
+        )
+    else:
+        note("Two meshes or more tell what the model's own meshes are like; there is one.")
+    print(as_json(values) if json else table)
 
 
-@app.command
-def info(model: Positional[Path], *, json: bool = False) -> None:
+def info(model: Folder, *, json: bool = False) -> None:
     """Says what a model is and how it was trained.
 
     Example: pyg-attnpool info faces/
 
     Args:
-        model: Folder of a model or of its run.
         json: Print JSON.
     """
-    found = _load(model)
+    found = read_model(model)
     known = {
         "network": type(found.autoencoder).__name__,
         "vertices": found.num_vertices,
@@ -157,46 +179,22 @@ def info(model: Positional[Path], *, json: bool = False) -> None:
         **found.summary,
     }
     if json:
-        print(_json(known))
+        print(as_json(known))
         return
     for name, value in known.items():
         print(f"{name:24} {value}")
 
 
-@app.command
-def export(model: Positional[Path], file: Positional[Path]) -> None:
+def export(model: Folder, file: Annotated[Positional[Path], arg(metavar="FILE")]) -> None:
     """Writes a model as one file that runs without this package.
 
     Example: pyg-attnpool export faces/ faces.onnx
 
     Args:
-        model: Folder of a model or of its run.
         file: The file: .html (a page with sliders), .onnx or .pt2.
     """
-    difference = _load(model).export(file)
+    difference = read_model(model).export(file)
     print(f"{file} gives what the model gives to {difference:.1e} of its largest coordinate")
-
-
-# What commands share ##############################################################
-
-SHOWN = ("mean", "std", "median")
-
-
-def _read(data: Path, template: Any, unit: str, align: bool) -> RegisteredMeshes:
-    from pyg_attnpool.datasets import RegisteredMeshes
-
-    if unit != "m" and isinstance(template, tuple):  # of a model, in metres
-        from pyg_attnpool.units import metres
-
-        template = template[0] / metres(unit), template[1]
-    return RegisteredMeshes(data, template, unit, align=align)
-
-
-def _load(folder: Path) -> MorphableModel:
-    from pyg_attnpool import MorphableModel
-
-    inner = folder / "model"
-    return MorphableModel.load(inner if (inner / "config.json").exists() else folder)
 
 
 def _table(rows: dict[str, dict[str, Any]], header: bool = True) -> str:
@@ -205,43 +203,3 @@ def _table(rows: dict[str, dict[str, Any]], header: bool = True) -> str:
         errors = "".join(f"{row[key]:8.3f}" for key in SHOWN)
         lines.append(f"{name:15}{errors}{row['alive']:8}")
     return "\n".join(lines)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    r"""Runs a command. A mistake of the caller is one line and exit code 1, one in the arguments
-    themselves exit code 2.
-
-    Args:
-        arguments (list, optional): By default those of the process. (default: :obj:`None`)
-
-    Returns:
-        The exit code.
-    """
-    try:
-        app.cli(
-            prog="pyg-attnpool",
-            description="Morphable models of registered meshes: train, test, send.",
-            args=arguments,
-        )
-    except (ImportError, OSError, TypeError, ValueError) as e:
-        print(f"pyg-attnpool: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(
-            "pyg-attnpool: stopped; every file is whole. train --resume goes on.", file=sys.stderr
-        )
-        return 130
-    return 0
-
-
-def entry() -> None:
-    r"""The process's own entry point."""
-    sys.exit(main())
-
-
-if __name__ == "__main__":
-    entry()

@@ -1,0 +1,3 @@
+from pyg_attnpool.cli import entry
+
+entry()

@@ -1,0 +1,162 @@
+r"""What commands share: their arguments, how they read models and meshes, and how they report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from tyro.conf import Positional, arg
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pyg_attnpool import MorphableModel
+    from pyg_attnpool.datasets import RegisteredMeshes
+
+Folder = Annotated[Positional[Path], arg(metavar="MODEL", help="Folder of a model or of its run.")]
+Output = Annotated[Path, arg(aliases=["-o"])]
+MaybeOutput = Annotated[Path | None, arg(aliases=["-o"])]
+Unit = Literal["m", "cm", "mm"]
+
+ALIGNED = "aligned"  # in the summary of a model: its meshes were turned and moved onto the template
+RECORD = "data.json"  # in the folder of a run: the meshes that it was trained on
+T = TypeVar("T")
+
+
+def read_model(folder: Path) -> MorphableModel:
+    from pyg_attnpool import MorphableModel
+
+    inner = folder / "model"
+    return MorphableModel.load(inner if (inner / "config.json").exists() else folder)
+
+
+def read_meshes(data: Path, template: Any, unit: str, align: bool) -> RegisteredMeshes:
+    from pyg_attnpool.datasets import RegisteredMeshes
+
+    return RegisteredMeshes(data, template, unit, align=align)
+
+
+def read_meshes_of(model: MorphableModel, data: Path) -> RegisteredMeshes:
+    r"""Meshes of the model's template, in its unit and in the pose that it knows."""
+    return read_meshes(data, _template(model), model.unit, model.summary.get(ALIGNED, False))
+
+
+def record_training_meshes(
+    run: Path, data: Path, template: Path | None, unit: Unit, align: bool
+) -> None:
+    r"""Says in the folder of a run which meshes it is of, for :func:`read_training_meshes`."""
+    from pyg_attnpool.files import write_bytes
+
+    known = {
+        "data": str(data.resolve()),
+        "template": None if template is None else str(template.resolve()),
+        "unit": unit,
+        "align": align,
+    }
+    write_bytes(run / RECORD, (as_json(known) + "\n").encode())
+
+
+def read_training_meshes(runs: Iterable[Path]) -> RegisteredMeshes:
+    r"""The meshes that runs were trained on, which must be the same for all."""
+    found = []
+    for run in runs:
+        path = run / RECORD
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"Expected --data, the test meshes (got none, and no {path} that names those of "
+                f"the training)"
+            )
+        known = read_json(path)
+        if not isinstance(known, dict) or set(known) != {"data", "template", "unit", "align"}:
+            raise ValueError(f"Expected the data of a training in {path} (got something else)")
+        found.append(known)
+    if any(known != found[0] for known in found):
+        raise ValueError("Expected --data, as the models were trained on different meshes")
+    (known, *_) = found
+    template = None if known["template"] is None else Path(known["template"])
+    return read_meshes(Path(known["data"]), template, known["unit"], known["align"])
+
+
+def read_shape(model: MorphableModel, path: Path) -> Tensor:
+    r"""A mesh :obj:`[N, 3]` of the model's template in metres, in the pose that the model knows; or
+    of a JSON file the latent code."""
+    import torch
+
+    from pyg_attnpool.datasets.align import align
+    from pyg_attnpool.datasets.sources import MeshFiles
+    from pyg_attnpool.units import metres
+
+    if path.suffix.lower() == ".json":
+        return _read_code(model, path)
+    if model.in_channels > 3:
+        raise ValueError(
+            f"Expected a model of coordinates alone to take a mesh file (got one of "
+            f"{model.in_channels} features a vertex): give codes, as files of JSON"
+        )
+    scale = metres(model.unit)
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a mesh or a code in {path} (got no such file)")
+    mesh = MeshFiles(path.parent, [path.name], _template(model), scale, same_surface=True).read()
+    if model.summary.get(ALIGNED, False):
+        with torch.no_grad():
+            mean = model.decode(model.latent_mean.unsqueeze(0))[0]
+        mesh = align(mesh, reference=mean).vertices
+    return mesh[0].to(torch.float)
+
+
+def _template(model: MorphableModel) -> tuple[Any, Any]:
+    from pyg_attnpool.units import metres
+
+    return model.template.double().numpy() / metres(model.unit), model.faces.numpy()
+
+
+def _read_code(model: MorphableModel, path: Path) -> Tensor:
+    import torch
+
+    code = read_json(path)
+    code = code.get("code") if isinstance(code, dict) else code
+    size = None
+    if isinstance(code, list) and all(type(value) in (int, float) for value in code):
+        size = len(code)
+    if size != model.latent_channels:
+        got = "something else" if size is None else f"{size} numbers"
+        raise ValueError(
+            f"Expected a code of {model.latent_channels} numbers, or an entry 'code' that has them,"
+            f" in {path} (got {got})"
+        )
+    return torch.tensor(code, dtype=torch.float)
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ValueError(f"Expected a whole file of JSON in {path} (got: {e})") from e
+
+
+def as_json(value: Any) -> str:
+    return json.dumps(value, indent=2)
+
+
+def progress(items: Collection[T], description: str) -> Iterator[T]:
+    r"""Goes through items with a bar, and the time that is left, once two seconds have passed."""
+    from pyg_attnpool.datasets.cache import progress_bar
+
+    with progress_bar(description, len(items)) as bar:
+        for item in items:
+            yield item
+            bar.update()
+
+
+def write_meshes(model: MorphableModel, folder: Path, names: list[str], meshes: Tensor) -> None:
+    r"""Writes meshes :obj:`[M, N, C]` to files of these names."""
+    for name, mesh in zip(progress(names, f"Writing {folder}"), meshes, strict=True):
+        model.write_mesh(folder / name, mesh)
+
+
+def note(line: str) -> None:
+    r"""Says something beside the result, which standard output has alone."""
+    print(line, file=sys.stderr)
