@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY ?= passive
 # ninja and cmake of the virtual environment, for packages that compile.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all lint docs clean
 
 setup: $(VENV)/.complete
 
@@ -65,6 +65,9 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+docs: setup
+	$(RUN) -m sphinx -W -q -b html docs docs/build
 
 clean:
 	rm -rf $(VENV) build *.egg-info

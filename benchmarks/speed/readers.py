@@ -164,7 +164,11 @@ def main(seed: int = 0, num_damaged: int = 800):
                 numbers = " | ".join(str(count[v]) for v in VERDICTS)
                 lines.append(f"| {label} | {count.total()} | {numbers} |")
         print("\n".join(lines[-2 * len(suffixes) :]), flush=True)
-    text = f"Seed {seed}, {num_damaged} damaged files.\n\n" + "\n".join(lines) + "\n"
+    text = (
+        f"# Readers of mesh files\n\nSeed {seed}, {num_damaged} damaged files.\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
     (ROOT / "benchmarks" / "results" / "readers.md").write_text(text, encoding="utf-8")
 
 

@@ -43,7 +43,7 @@ def _move(x: Tensor, angle: float, shift: float) -> Tensor:
 
 
 def jitter(std: float = 0.001) -> Callable[[Tensor], Tensor]:
-    r"""Adds N(0, :obj:`std`²) to every coordinate, in metres.
+    r"""Adds normal noise of standard deviation :obj:`std`, in metres, to every coordinate.
 
     Args:
         std (float, optional): The standard deviation. (default: :obj:`0.001`)
