@@ -15,7 +15,7 @@ shutil.copytree(
     dirs_exist_ok=True,
 )
 
-import pyg_attnpool
+import pyg_attnpool  # noqa: E402
 
 project = "pyg_attnpool"
 author = "The pyg_attnpool maintainers"
