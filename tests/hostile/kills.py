@@ -213,9 +213,7 @@ RESULTS = {
     "training": trained,
     "model": lambda place: state(MorphableModel.load(place / "model")),
     "mesh": lambda place: tuple(
-        torch.from_numpy(part)
-        for file in sorted(place.glob("mesh.*"))
-        for part in read_mesh(file)
+        torch.from_numpy(part) for file in sorted(place.glob("mesh.*")) for part in read_mesh(file)
     ),
     "cache": lambda place: (
         RegisteredMeshes(place.parent / "scans", cache=place / "cache").vertices.clone(),
