@@ -1,4 +1,5 @@
 import copy
+import io
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -66,6 +67,7 @@ def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
         ValueError: If the model holds attention layers, or the example is no such input.
         RuntimeError: If the program differs from the model by more than 1e-5, or ten roundings of
             its type where that is half precision.
+        OSError: If the file could not be written whole.
 
     Example:
         >>> from pyg_attnpool.export import export_torch
@@ -77,7 +79,10 @@ def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
     program = _program(model, example, spmm=_bag)
     program.example_inputs = None
     with replacing(path) as temporary, _quiet():
-        torch.export.save(program, temporary)
+        # PyTorch's own writer tells of a full disk by a RuntimeError.
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        temporary.write_bytes(buffer.getvalue())
         return _compare(model, torch.export.load(temporary).module(), example, path)
 
 

@@ -438,6 +438,21 @@ def test_wrong_arguments_end_with_code_two(command, capsys):
     assert exit_.value.code == 2 and capsys.readouterr().err
 
 
+def test_repair_says_what_it_has_done(scans, tmp_path, capsys):
+    vertices, faces = read_mesh(scans / "0.ply")
+    lines = [f"v {x!r} {y!r} {z!r}" for x, y, z in vertices.tolist()] + ["v 0 0 0"]
+    lines += [f"f {a} {b} {c}" for a, b, c in [*(faces + 1).tolist(), [1, 1, 2]]]
+    (tmp_path / "broken.obj").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "whole.obj"
+    assert main(["repair", str(tmp_path / "broken.obj"), "-o", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "1 degenerate faces" in said and "1 vertices without a face" in said
+    for found, wanted in zip(read_mesh(out), (vertices, faces), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+    assert main(["repair", str(tmp_path / "none.obj"), "-o", str(out)]) == 1
+    assert "none.obj" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_an_example_that_it_takes(command, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:

@@ -1,3 +1,4 @@
+import copy
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from pyg_attnpool import (
     MeshHierarchy,
     freeze_attention,
 )
-from pyg_attnpool.export import export_onnx, export_torch
+from pyg_attnpool.export import export, export_onnx, export_torch
 from pyg_attnpool.models import MeshAutoencoder, MorphableModel, coma, neural3dmm
 from tests.mesh.meshes import blob
 
@@ -214,6 +215,45 @@ def test_double_precision_stays(tmp_path, hierarchy):
     x = make_inputs(model, 3).double()
     assert export_torch(model, x, tmp_path / "model.pt2") < 1e-12
     assert torch.export.load(tmp_path / "model.pt2").module()(x).dtype == torch.double
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_half_precision_agrees_to_its_roundings(tmp_path, hierarchy, dtype, suffix):
+    model = make_model(hierarchy, coma, "attention").to(dtype)
+    x, path = make_inputs(model, 3).to(dtype), tmp_path / f"model.{suffix}"
+    if suffix == "pt2":
+        assert export(model, x, path) <= 10 * torch.finfo(dtype).eps
+        out = torch.export.load(path).module()(x)
+    elif dtype == torch.bfloat16:
+        with pytest.raises(ValueError, match="float16 or single precision for ONNX"):
+            export(model, x, path)
+        return
+    else:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        assert export(model, x, path) <= 10 * torch.finfo(dtype).eps
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert out.dtype == dtype
+    exact = copy.deepcopy(model).double()(x.double())
+    assert (out - exact).abs().max() < 100 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+def test_encoder_and_decoder_are_exported_alone(tmp_path, hierarchy, method, suffix):
+    model = MorphableModel(make_model(hierarchy, neural3dmm, "attention"))
+    model.set_statistics(torch.randn_like(model.mean), torch.rand_like(model.std) + 0.5)
+    path = tmp_path / f"model.{suffix}"
+    x = make_inputs(model.autoencoder, 3) if method == "encode" else torch.randn(3, 3)
+    assert export(getattr(model, method), x[:2], path) < 1e-5
+    if suffix == "pt2":
+        out = torch.export.load(path).module()(x)
+    else:
+        onnxruntime = pytest.importorskip("onnxruntime")
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        out = torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    assert_close(out, getattr(model, method)(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("export", [export_torch, export_onnx])

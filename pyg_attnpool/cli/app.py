@@ -29,6 +29,7 @@ COMMANDS = (
     shapes.transfer,
     shapes.fit,
     shapes.edit,
+    shapes.repair,
 )
 DESCRIPTION = """Morphable models of registered meshes: train one, look at it, move through it, fit
 it to scans, send it. From a folder of scans to a page with sliders:

@@ -1,4 +1,5 @@
-r"""Commands that make meshes: new ones, ones between others, and ones that fit something."""
+r"""Commands that make meshes: new ones, ones between others, ones that fit something, and whole
+ones of broken ones."""
 
 from __future__ import annotations
 
@@ -234,6 +235,37 @@ def edit(
 
 
 # What they share ######################################################################
+
+
+def repair(
+    meshes: Annotated[Positional[Path], arg(metavar="MESHES")],
+    *,
+    output: Output,
+    merge: float = 0.0,
+    stitch: bool = True,
+) -> None:
+    """Makes a manifold of any triangles, as templates need it. No vertex moves. The meshes of a
+    folder are repaired all alike, so that they stay registered.
+
+    Example: pyg-attnpool repair scans/ -o whole/
+
+    Args:
+        meshes: Mesh file, or folder of mesh files with the same vertices in the same order.
+        output: Mesh file or folder to write; beside the meshes of a folder index.npy, which has the
+            vertex before that each vertex is.
+        merge: Distance up to which the ends of edges at a seam are one vertex, in the unit of the
+            files.
+        stitch: Stitch seams at all.
+    """
+    from pyg_attnpool.datasets import repair_files
+
+    mesh, count = repair_files(meshes, output, merge if stitch else None)
+    for what, number in mesh.changes.items():
+        print(f"{number:8,} {what}")
+    print(
+        f"{count} {'files' if count > 1 else 'file'} of {mesh.num_source:,} vertices, now "
+        f"{len(mesh.vertices):,}, in {output}"
+    )
 
 
 def _numbered(name: str, n: int, suffix: str) -> list[str]:

@@ -7,6 +7,7 @@ from pyg_attnpool.datasets.coma import CoMA
 from pyg_attnpool.datasets.dynamic_faust import DynamicFAUST
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.registered_meshes import RegisteredMeshes
+from pyg_attnpool.datasets.repair import repair_files
 from pyg_attnpool.datasets.splits import Split
 from pyg_attnpool.datasets.syn_hand import SynHand
 
@@ -24,4 +25,5 @@ __all__ = [
     "SynHand",
     "align",
     "looks_unaligned",
+    "repair_files",
 ]

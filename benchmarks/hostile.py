@@ -1,0 +1,95 @@
+r"""What becomes of hostile cases (tests/hostile): counts of every family, of this version and of
+others, each in its own checkout: ``python -m benchmarks.hostile --before PATH``."""
+
+import time
+from collections import Counter
+from pathlib import Path
+
+from benchmarks import report
+from tests.hostile.campaign import VERDICTS, campaign
+from tests.hostile.claims import NAMES
+from tests.hostile.tools import PAIRS
+
+RESULTS = Path(__file__).parent / "results"
+# Cases of a run, and whether an older version has what they need.
+FAMILIES = {
+    "claims": (len(NAMES), True),
+    "tools": (len(PAIRS), True),
+    "files": (1000, True),
+    "states": (1000, True),
+    "folders": (500, True),
+    "geometry": (500, True),
+    "kills": (24, False),
+    "disks": (60, False),
+}
+NOTES = (
+    "held: the right answer, or refused by name; wrong: another answer, or no error where there "
+    "should be one; another error: one of a type or text that names nothing.",
+    "A case runs in a process with a limit on memory, for so many seconds at most; 'dies' is a "
+    "signal or the end of the process.",
+    "claims: what was once seen to fail, one by one; tools: PyTorch's over layers and models; "
+    "files: mesh files, good and damaged; states: loaded, cast and edited layers and arguments of "
+    "operators; folders: damaged models, hierarchies, trainings, caches and arrays; geometry: "
+    "repair, hierarchies, spirals, closest points; kills: three kills a case at random moments; "
+    "disks: writers on a disk that is full after some bytes.",
+)
+
+
+def count(family: str, cases: int, package: Path | None, seconds: float) -> dict:
+    r"""Verdicts of a family."""
+    start, verdicts = time.perf_counter(), Counter()
+    for result in campaign(family, 0, cases, package, seconds):
+        verdicts[result.verdict] += 1
+        if result.verdict != "held" and package is None:
+            print(result, flush=True)
+    row = {"family": family, "cases": verdicts.total()}
+    row |= {verdict: verdicts[verdict] for verdict in VERDICTS}
+    return row | {"seconds": time.perf_counter() - start}
+
+
+def main(
+    before: Path | None = None,
+    commit: str = "before",
+    families: tuple[str, ...] = tuple(FAMILIES),
+    share: float = 1.0,
+    share_before: float = 0.3,
+    seconds: float = 30.0,
+    seconds_before: float = 5.0,
+    output: Path = RESULTS,
+):
+    r"""Prints and writes the tables.
+
+    Args:
+        before: Checkout of another version, with its compiled operations, to count as well.
+        commit: What the tables call that version.
+        families: Names of families.
+        share: Of the cases of a run.
+        share_before: Of these, on the other version, where many wait for their time to be over.
+        seconds: How long a case may take.
+        seconds_before: And on the other version.
+        output: Folder of the results.
+    """
+    rows, tables = [], {}
+    versions = {commit: before, "now": None} if before else {"now": None}
+    for version, package in versions.items():
+        table = []
+        for family in families:
+            cases, on_others = FAMILIES[family]
+            if package is not None and not on_others:
+                continue
+            part = 1.0 if family in ("claims", "tools") else share
+            part *= share_before if package is not None and family not in ("claims", "tools") else 1
+            limit = seconds_before if package is not None else seconds
+            number = max(1, round(part * cases))
+            table.append(count(family, number, package, limit))
+            print(version, table[-1], flush=True)
+        rows += [{"version": version} | row for row in table]
+        tables[version] = table
+    about = report.machine("cpu") | {"seconds a case": seconds, "of the other": seconds_before}
+    print(report.write(output, "hostile", report.command(), rows, tables, about, NOTES))
+
+
+if __name__ == "__main__":
+    import tyro
+
+    tyro.cli(main)
