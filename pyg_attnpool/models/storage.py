@@ -41,8 +41,9 @@ VERSION = 1
 CONFIG, WEIGHTS, HIERARCHY, CARD = "config.json", "model.safetensors", "hierarchy.npz", "README.md"
 
 
-def save(model: MorphableModel, folder: str | Path) -> None:
-    r"""Writes a model; see :meth:`MorphableModel.save`."""
+def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> None:
+    r"""Writes a model; see :meth:`MorphableModel.save`. The card calls it :obj:`name`, by default
+    as the folder."""
     tensors = {
         # Copies, as the format refuses views of one storage.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -61,7 +62,9 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
-        (temporary / CARD).write_text(_card(model, Path(folder).name), encoding="utf-8")
+        (temporary / CARD).write_text(
+            _card(model, Path(folder).name if name is None else name), encoding="utf-8"
+        )
         config["files"] = {
             path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
         }
@@ -298,7 +301,7 @@ A 3D morphable model made with pyg_attnpool.
 ```python
 from pyg_attnpool import MorphableModel
 
-model = MorphableModel.load("{name}")
+model = MorphableModel.from_pretrained("{name}")
 meshes = model.decode(model.latent_mean.unsqueeze(0))       # [1, N, {model.in_channels}] in metres
 model.write_mesh("mean.ply", meshes[0])
 ```
