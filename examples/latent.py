@@ -5,9 +5,14 @@ beside them, of sequences that training has not seen:
 
 * interpolation: the error of the meshes between two frames, against the true frames between them
 * smoothness: the second differences of a path from a neutral mesh to the peak of its expression
-* extrapolation: the share of faces that flip, and pairs of faces that cross beyond those of the
-  true mesh, at each factor
+* extrapolation: the share of faces that flip, and how many pairs of faces cross, beside those of
+  true meshes, at each factor
 * transfer: the error against the true mesh of the target with the source's expression
+
+Reproduced with the defaults, 429 steps, on faces, seed 0, in mm:
+
+    reconstruction QEM 2.153, learned 1.541     interpolation QEM 2.254, learned 1.667
+    transfer QEM 2.729, learned 2.348
 """
 
 import csv
@@ -34,7 +39,7 @@ from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.training import quiet_lightning
 from pyg_attnpool.visualize import plot_mesh
 
-POOLS = ("qem", "attention")
+NAMES = {"qem": "QEM", "attention": "learned"}
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 GAP = 4  # frames from one end of an interpolation to the other
 
@@ -68,7 +73,7 @@ def main(options: Options):
     hierarchy = MeshHierarchy.from_template(dataset.template, cache=options.root / "hierarchies")
     models = {
         pool: trained(output / f"model_{pool}", hierarchy, pool, train, val, options)
-        for pool in POOLS
+        for pool in NAMES
     }
     sequences = test.vertices.view(-1, options.frames, *test.vertices.shape[1:])
     names = list(zip(test.subject, test.expression, strict=True))[:: options.frames]
@@ -220,30 +225,38 @@ def draw(
     truth: Tensor,
     faces: ndarray,
 ) -> None:
-    neutral, peak = sequences[:1, 0], peaks(sequences[:1])
-    pictures = {
-        "interpolation": {p: m.interpolate(neutral, peak, 7)[0] for p, m in models.items()},
-        "extrapolation": {p: m.extrapolate(neutral, peak, ALPHAS)[0] for p, m in models.items()},
-        "transfer": {
-            p: torch.stack([*(x[0] for x in ends), m.transfer(*ends)[0], truth[0]])
-            for p, m in models.items()
-        },
-    }
-    titles = {
-        "interpolation": [f"t = {i / 6:.2f}" for i in range(7)],
-        "extrapolation": [f"alpha = {alpha:g}" for alpha in ALPHAS],
-        "transfer": ["source, neutral", "source", "target, neutral", "transferred", "truth"],
-    }
-    for name, rows in pictures.items():
-        columns = titles[name]
-        figure = Figure(figsize=(2.2 * len(columns), 3 * len(rows)), layout="constrained")
-        axes = figure.subplots(len(rows), len(columns))
-        for line, (pool, meshes) in zip(axes, rows.items(), strict=True):
-            for ax, mesh, title in zip(line, meshes, columns, strict=True):
-                plot_mesh(ax, mesh, faces)
-                ax.set_title(f"{pool}\n{title}", fontsize=9)
-        with replacing(output / f"{name}.png") as path:
-            figure.savefig(path, dpi=110)
+    r"""The three figures, of the sequence and of the transfer that move most."""
+    away = vertex_distances(sequences, sequences[:, :1]).mean(dim=2)
+    sequence = sequences[away.amax(dim=1).argmax()]
+    peak = int(away[away.amax(dim=1).argmax()].argmax())
+    neutral, deformed = sequence[0], sequence[peak]
+    frames = torch.linspace(0, peak, 7).round().long()
+    rows = {"truth": sequence[frames]}
+    rows |= {NAMES[p]: m.interpolate(neutral, deformed, 7) for p, m in models.items()}
+    picture(output / "interpolation.png", rows, [f"{i / 6:.2f}" for i in range(7)], faces)
+
+    rows = {NAMES[p]: m.extrapolate(neutral, deformed, ALPHAS) for p, m in models.items()}
+    picture(output / "extrapolation.png", rows, [f"α = {alpha:g}" for alpha in ALPHAS], faces)
+
+    most = vertex_distances(ends[1], ends[0]).mean(dim=1).argmax()
+    ends = tuple(x[most] for x in ends)
+    meshes = [*ends, *(m.transfer(*ends) for m in models.values()), truth[most]]
+    columns = ["source, neutral", "source", "target, neutral"]
+    columns += [f"transferred, {NAMES[pool]}" for pool in models] + ["truth"]
+    picture(output / "transfer.png", {"": torch.stack(meshes)}, columns, faces)
+
+
+def picture(path: Path, rows: dict[str, Tensor], columns: list[str], faces: ndarray) -> None:
+    figure = Figure(figsize=(2.2 * len(columns), 2.8 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), len(columns), squeeze=False)
+    for line, (name, meshes) in zip(axes, rows.items(), strict=True):
+        for ax, mesh in zip(line, meshes, strict=True):
+            plot_mesh(ax, mesh, faces)
+        line[0].text(-0.16, 0.5, name, transform=line[0].transAxes, rotation=90, va="center")
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(title, fontsize=10)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=110)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ it to scans, send it. From a folder of scans to a page with sliders:
   pyg-attnpool view faces/
 """
 # What goes on where it was cut off.
-RESUMED = ("train", "fit")
+RESUMED = {"train", "fit"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
+        sys.stdout.flush()  # here, where a closed pipe is told from a mistake
         return code or 0
     except BrokenPipeError:
         # Whoever read the output has seen enough, as `head` has. Nor may Python's end flush it.
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, OSError, TypeError, ValueError) as e:
         return _said(str(e), 1)
     except KeyboardInterrupt:
-        how = "with --resume goes on" if arguments[0] in RESUMED else "begins again"
+        how = "with --resume goes on" if {*arguments[:1]} & RESUMED else "begins again"
         return _said(f"stopped; every file is whole. The same command {how}.", 130)
 
 

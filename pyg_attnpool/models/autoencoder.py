@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from math import inf
+from typing import Any, Literal, TypeGuard
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ class AutoencoderConfig:
         up_kwargs (dict, optional): Arguments of the unpooling, likewise. (default: :obj:`{}`)
         variant (str, optional): :obj:`"published"` starts attention with the settings of the
             paper, :obj:`"default"` with those that win. (default: :obj:`"default"`)
+        variational (bool, optional): If set to :obj:`True`, the encoder gives the distribution of a
+            code, see :meth:`MeshAutoencoder.objective`. (default: :obj:`False`)
+        kl_weight (float, optional): The weight of its divergence. (default: :obj:`1e-3`)
+        kl_warmup (int, optional): The steps in which this weight grows from zero.
+            (default: :obj:`500`)
+        free_bits (float, optional): What a latent channel may tell for free, in nats, so that it
+            does not collapse. (default: :obj:`0.0`)
 
     Example:
         >>> from pyg_attnpool.models import AutoencoderConfig, MeshAutoencoder
@@ -83,6 +91,10 @@ class AutoencoderConfig:
     down_kwargs: dict[str, Any] = field(default_factory=dict)
     up_kwargs: dict[str, Any] = field(default_factory=dict)
     variant: Literal["default", "published"] = "default"
+    variational: bool = False
+    kl_weight: float = 1e-3
+    kl_warmup: int = 500
+    free_bits: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "in_channels"):
@@ -97,6 +109,17 @@ class AutoencoderConfig:
             raise ValueError(
                 f"Expected 'variant' to be 'default' or 'published' (got {self.variant!r})"
             )
+        if not isinstance(self.variational, bool):
+            raise ValueError(f"Expected 'variational' to be a bool (got {self.variational!r})")
+        if self.variational and self.latent_activation is not None:
+            raise ValueError(
+                f"Expected no 'latent_activation' of a variational network, whose codes are normal "
+                f"(got {self.latent_activation!r})"
+            )
+        for name in ("kl_weight", "kl_warmup", "free_bits"):
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value < inf:
+                raise ValueError(f"Expected a finite '{name}' from zero (got {value!r})")
         # One form of everything, so that a config from JSON equals the one that was written.
         set_ = object.__setattr__
         set_(self, "up", self.down if self.up is None else self.up)
@@ -198,6 +221,8 @@ class MeshAutoencoder(IndexedModule):
         )
         coarsest = self.num_vertices[-1]
         self.to_latent = Linear(coarsest * channels[-1], config.latent_channels)
+        if config.variational:
+            self.to_log_variance = Linear(coarsest * channels[-1], config.latent_channels)
         self.from_latent = Linear(config.latent_channels, coarsest * decoder_channels[0])
         # From coarse to fine, in the order of use.
         order = list(enumerate(reversed(range(num_levels))))
@@ -208,7 +233,54 @@ class MeshAutoencoder(IndexedModule):
         self.out_conv = conv(0, decoder_channels[-1], config.in_channels, config.out_bias)
 
     def encode(self, x: Tensor) -> Tensor:
-        r"""Vertex features :obj:`[B, N, C]` to latent codes :obj:`[B, latent_channels]`."""
+        r"""Vertex features :obj:`[B, N, C]` to latent codes :obj:`[B, latent_channels]`, of a
+        variational network to their means."""
+        return ACTIVATIONS[self.config.latent_activation](self.to_latent(self._pooled(x)))
+
+    def posterior(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Vertex features :obj:`[B, N, C]` to mean and logarithm of the variance
+        :obj:`[B, latent_channels]` of their codes.
+
+        Raises:
+            ValueError: If the network is not variational.
+        """
+        if not self.config.variational:
+            raise ValueError("Expected a variational network to have a posterior (got another)")
+        pooled = self._pooled(x)
+        return self.to_latent(pooled), self.to_log_variance(pooled)
+
+    def objective(
+        self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], step: int | Tensor
+    ) -> Tensor:
+        r"""What the training of a variational network minimises (`"Auto-Encoding Variational Bayes"
+        <https://arxiv.org/abs/1312.6114>`_), with free bits (`"Improved Variational Inference with
+        Inverse Autoregressive Flow" <https://arxiv.org/abs/1606.04934>`_):
+
+        .. math::
+            \ell \left( \mathrm{dec}(\mathbf{\mu} + \mathbf{\sigma} \, \mathbf{\epsilon}), \,
+            \mathbf{x} \right) + w \, \min \left( 1, \tfrac{t + 1}{T + 1} \right) \sum_d \max \left(
+            \lambda, \, \mathrm{KL}_d \right), \qquad
+            \mathrm{KL}_d = \tfrac{1}{2} \left( \mu_d^2 + \sigma_d^2 - \ln \sigma_d^2 - 1
+            \right)
+
+        where :math:`\mathrm{KL}_d` is the mean over the batch, :math:`w` is :obj:`kl_weight`,
+        :math:`T` is :obj:`kl_warmup` and :math:`\lambda` is :obj:`free_bits`.
+
+        Args:
+            x (torch.Tensor): Vertex features :obj:`[B, N, C]`.
+            loss (callable): Takes output and target to a scalar.
+            step (int or torch.Tensor): The number :math:`t` of steps before this one.
+        """
+        config = self.config
+        mean, log_variance = self.posterior(x)
+        noise = torch.randn_like(mean)
+        out = self.decode(mean + (log_variance / 2).exp() * noise)
+        told = divergence(mean, log_variance).mean(dim=0).clamp(min=config.free_bits).sum()
+        warm = torch.as_tensor((step + 1) / (config.kl_warmup + 1)).clamp(max=1)
+        return loss(out, x) + config.kl_weight * warm * told
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        # Vertex features to all features of the coarsest level.
         expected = self.num_vertices[0], self.config.in_channels
         if x.dim() != 3 or x.shape[1:] != expected:
             raise ValueError(
@@ -219,8 +291,7 @@ class MeshAutoencoder(IndexedModule):
         x = x.transpose(0, 1)
         for conv, pool in zip(self.down_convs, self.pools, strict=True):
             x = pool(activation(conv(x, rows=True)), rows=True)
-        z = self.to_latent(x.transpose(0, 1).flatten(1))
-        return ACTIVATIONS[self.config.latent_activation](z)
+        return x.transpose(0, 1).flatten(1)
 
     def decode(self, z: Tensor) -> Tensor:
         r"""Latent codes :obj:`[B, latent_channels]` to vertex features :obj:`[B, N, C]`."""
@@ -244,3 +315,18 @@ class MeshAutoencoder(IndexedModule):
             f"{self.__class__.__name__}(num_vertices={list(self.num_vertices)}, "
             f"latent_channels={self.latent_channels})"
         )
+
+
+def divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    r"""The divergence in nats of normal distributions from the standard one, of each channel.
+
+    Example:
+        >>> divergence(torch.tensor([0.0, 2.0]), torch.zeros(2))
+        tensor([0., 2.])
+    """
+    return (mean.square() + log_variance.exp() - log_variance - 1) / 2
+
+
+def is_variational(network: Module) -> TypeGuard[MeshAutoencoder]:
+    r"""Whether a network is trained by :meth:`MeshAutoencoder.objective`."""
+    return isinstance(network, MeshAutoencoder) and network.config.variational

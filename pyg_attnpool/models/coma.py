@@ -78,3 +78,6 @@ def reset_published(model: MeshAutoencoder) -> None:
     for lin in [model.to_latent, model.from_latent]:
         lin.weight.normal_(std=0.1)
         lin.bias.fill_(0.1)
+    if model.config.variational:  # the width of the prior
+        model.to_log_variance.weight.normal_(std=0.1 / len(model.to_log_variance.weight[0]) ** 0.5)
+        model.to_log_variance.bias.zero_()

@@ -452,6 +452,61 @@ class MorphableModel(IndexedModule):
 
         return load(folder, autoencoder)
 
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        revision: str | None = None,
+        token: str | None = None,
+        autoencoder: Module | None = None,
+    ) -> MorphableModel:
+        r"""Reads a model from a folder, or from the `Hugging Face Hub <https://huggingface.co>`_
+        (extra :obj:`hub`), of which a copy stays in its cache and serves without a connection.
+
+        Args:
+            source (str or Path): A folder of :meth:`save`, or :obj:`"owner/name"` of a repository.
+            revision (str, optional): A branch, tag or commit of the repository; by default its
+                newest. (default: :obj:`None`)
+            token (str, optional): A token for private repositories; by default that of a login.
+                (default: :obj:`None`)
+            autoencoder (torch.nn.Module, optional): As in :meth:`load`. (default: :obj:`None`)
+
+        Raises:
+            ConnectionError: If the Hub does not answer, and there is no copy.
+            ValueError: If there is no such repository, or as :meth:`load` does.
+        """
+        from pyg_attnpool.models.hub import from_pretrained
+
+        return from_pretrained(source, revision, token, autoencoder)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        private: bool = False,
+        token: str | None = None,
+        message: str = "A morphable model",
+    ) -> str:
+        r"""Writes the model to a repository of the Hugging Face Hub (extra :obj:`hub`), which is
+        made where there is none.
+
+        Args:
+            repository (str): Its :obj:`"owner/name"`.
+            private (bool, optional): Whether a new one is private. (default: :obj:`False`)
+            token (str, optional): A token that may write; by default that of a login.
+                (default: :obj:`None`)
+            message (str, optional): What the commit says. (default: :obj:`"A morphable model"`)
+
+        Returns:
+            The commit.
+
+        Raises:
+            ConnectionError: If the Hub does not answer, or refuses.
+            ValueError: If the name is none of a repository.
+        """
+        from pyg_attnpool.models.hub import push_to_hub
+
+        return push_to_hub(self, repository, private, token, message)
+
     def export(self, path: str | Path, **kwargs: Any) -> float:
         r"""Writes the frozen model as one file that runs without this package: :obj:`.pt2`
         (:func:`torch.export`) or :obj:`.onnx`, meshes :obj:`[B, N, C]` in metres to their

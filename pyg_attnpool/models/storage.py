@@ -42,8 +42,9 @@ VERSION = 1
 CONFIG, WEIGHTS, HIERARCHY, CARD = "config.json", "model.safetensors", "hierarchy.npz", "README.md"
 
 
-def save(model: MorphableModel, folder: str | Path) -> None:
-    r"""Writes a model; see :meth:`MorphableModel.save`."""
+def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> None:
+    r"""Writes a model; see :meth:`MorphableModel.save`. The card calls it :obj:`name`, by default
+    as the folder."""
     tensors = {
         # Copies, as the format refuses views of one storage.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -64,7 +65,8 @@ def save(model: MorphableModel, folder: str | Path) -> None:
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
         (temporary / CARD).write_text(
-            _card(model, Path(os.path.realpath(folder)).name), encoding="utf-8"
+            _card(model, Path(os.path.realpath(folder)).name if name is None else name),
+            encoding="utf-8",
         )
         config["files"] = {
             path.name: _digest(path.read_bytes()) for path in sorted(temporary.iterdir())
@@ -335,7 +337,7 @@ A 3D morphable model made with pyg_attnpool.
 ```python
 from pyg_attnpool import MorphableModel
 
-model = MorphableModel.load("{name}")
+model = MorphableModel.from_pretrained("{name}")
 meshes = model.decode(model.latent_mean.unsqueeze(0))       # [1, N, {model.in_channels}] in metres
 model.write_mesh("mean.ply", meshes[0])
 ```

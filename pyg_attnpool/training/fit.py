@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -19,6 +20,7 @@ from pyg_attnpool.datasets.splits import of_every
 from pyg_attnpool.files import digest
 from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel
+from pyg_attnpool.models.autoencoder import divergence, is_variational
 from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked
 from pyg_attnpool.training.process import seed_process
 from pyg_attnpool.training.statistics import BLOCK, statistics
@@ -26,6 +28,8 @@ from pyg_attnpool.training.statistics import BLOCK, statistics
 if TYPE_CHECKING:
     from pyg_attnpool.training.lightning import pl
     from pyg_attnpool.training.module import Loss, Optimizer
+
+COLLAPSED = 0.01  # nats, of a channel that tells nothing of a mesh
 
 
 def fit(
@@ -179,6 +183,7 @@ def fit(
                 model.load_state_dict(start[1])
             model.set_latent_statistics(train)
     model.summary = {
+        **_told(model, train),
         "meshes": len(train),
         "epochs": epochs,
         "steps": lightning.global_step,
@@ -260,6 +265,31 @@ def _as_it_was_on_errors(model: MorphableModel) -> Iterator[None]:
         model.load_state_dict(state)
         model.train(training)
         raise
+
+
+@torch.no_grad()
+def _told(model: MorphableModel, meshes: Any) -> dict[str, Any]:
+    # How much the codes of a variational network tell, and which channels tell nothing.
+    network = model.autoencoder
+    if not is_variational(network):
+        return {}
+    total = torch.zeros(model.latent_channels, dtype=torch.double)
+    for block in blocks(meshes, BLOCK):
+        x = model.standardize(block.to(model.mean))
+        total += divergence(*network.posterior(x)).sum(dim=0).double().cpu()
+    told = (total / len(meshes)).tolist()
+    collapsed = sum(nats < COLLAPSED for nats in told)
+    if collapsed:
+        warnings.warn(
+            f"{collapsed} of {len(told)} latent channels have collapsed: their codes are those of "
+            f"the prior, whatever the mesh. A smaller kl_weight, a longer kl_warmup or free_bits "
+            f"help",
+            stacklevel=3,
+        )
+    return {
+        "KL of latent channels (nats)": [_rounded(nats) for nats in told],
+        "collapsed latent channels": collapsed,
+    }
 
 
 def _rounded(value: float) -> float:

@@ -13,6 +13,7 @@ from torch.nn.parameter import Parameter
 
 from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.models import MorphableModel
+from pyg_attnpool.models.autoencoder import is_variational
 from pyg_attnpool.training.folder import check_settings, plain
 from pyg_attnpool.training.lightning import pl, torchmetrics
 from pyg_attnpool.training.process import seed_process
@@ -65,6 +66,8 @@ class MeshTraining(pl.LightningModule):
         >>> trainer.fit(module, MeshData(meshes[:16], meshes[16:]))  # doctest: +SKIP
     """
 
+    steps: Tensor
+
     def __init__(
         self,
         model: MorphableModel,
@@ -114,14 +117,19 @@ class MeshTraining(pl.LightningModule):
         self.data: dict[str, Any] = {}
         r"""Hashes and statistics of the data, stored in every checkpoint."""
         self.seed = seed
+        # A tensor, which a compiled step does not take for a constant.
+        self.register_buffer("steps", torch.zeros(()), persistent=False)
         self.val_error = torchmetrics.MeanMetric(nan_strategy="disable")
         self.compile_step = compile
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
 
     def loss(self, x: Tensor) -> Tensor:
         r"""The loss of meshes :obj:`[B, N, C]` in metres."""
-        target = self.model.standardize(x)
-        loss = self.loss_function(self.model.autoencoder(target), target)
+        target, network = self.model.standardize(x), self.model.autoencoder
+        if is_variational(network):
+            loss = network.objective(target, self.loss_function, self.steps)
+        else:
+            loss = self.loss_function(network(target), target)
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"Expected 'loss' to give a scalar with a gradient (got {got})")
@@ -145,6 +153,7 @@ class MeshTraining(pl.LightningModule):
     def training_step(self, x: Tensor, step: int) -> Tensor:
         if self.transform is not None:
             x = self._transformed(x)
+        self.steps.fill_(self.global_step)
         if self.compiled_loss is None:
             loss = self.loss(x)
         else:

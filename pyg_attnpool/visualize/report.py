@@ -18,6 +18,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
+from pyg_attnpool.datasets.cache import progress_bar
 from pyg_attnpool.datasets.inputs import as_meshes, blocks
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.files import replacing
@@ -73,8 +74,13 @@ def write_report(
     first, *others = models.values()
     if any(not torch.equal(model.faces, first.faces) for model in others):
         raise ValueError("Expected models of one template (got others)")
-    rows = {name: model.evaluate(meshes) for name, model in models.items()}
-    distances = {name: _distances(model, meshes) for name, model in models.items()}
+    rows, distances = {}, {}
+    with progress_bar("Testing models", 2 * len(models)) as bar:
+        for name, model in models.items():
+            rows[name] = model.evaluate(meshes)
+            bar.update()
+            distances[name] = _distances(model, meshes)
+            bar.update()
     colors = {name: COLORS[i % len(COLORS)] for i, name in enumerate(models)}
     names = _names(meshes)
     best = min(rows, key=lambda name: rows[name]["mean"])
@@ -428,7 +434,7 @@ def _png(image: ndarray) -> str:
 def _settings(models: Mapping[str, MorphableModel]) -> str:
     columns = {
         name: {
-            **_flat(describe(model.autoencoder)),
+            **_flat(_architecture(model)),
             **_flat(model.summary),
             "unit of files": model.unit,
         }
@@ -445,6 +451,14 @@ def _settings(models: Mapping[str, MorphableModel]) -> str:
     table = _table(["setting", *columns], rows)
     versions = " · ".join(f"{name} {version}" for name, version in _versions().items())
     return _section("Settings", table) + f'<footer class="note">{html.escape(versions)}</footer>'
+
+
+def _architecture(model: MorphableModel) -> dict[str, Any]:
+    found = describe(model.autoencoder)
+    if not found.get("variational", True):  # what only a variational network uses
+        for name in ("kl_weight", "kl_warmup", "free_bits"):
+            found.pop(name)
+    return found
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
