@@ -2,11 +2,13 @@ r"""Errors of morphable models, in millimetres, and what makes a good model of a
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
 
+KEPT = 1 << 24  # distances beyond which meshes are reconstructed again rather than all kept
+DIGIT = 16  # bits
 LARGEST = 20.0  # metres about the centre, beyond which coordinates look like millimetres
 
 
@@ -39,7 +43,9 @@ def vertex_distances(out: Tensor, x: Tensor) -> Tensor:
 def reconstruction_error(
     model: MorphableModel, meshes: Any, batch_size: int = 64
 ) -> dict[str, Any]:
-    r"""The error of a model on meshes; see :meth:`MorphableModel.evaluate`.
+    r"""The error of a model on meshes; see :meth:`MorphableModel.evaluate`. Its memory does not
+    grow with the meshes: of more than :obj:`KEPT` distances, the median is found by reconstructing
+    the meshes again.
 
     Args:
         model (MorphableModel): The model.
@@ -62,26 +68,160 @@ def reconstruction_error(
         ['alive', 'mean', 'median']
     """
     meshes = _prepared(model, "test meshes", meshes)
-    distances, codes, further = [], [], []
+    distances, codes, further = _Moments(), _Moments(), _Moments()
+    ranks = _Ranks()
     with evaluating(model):
-        for block in blocks(meshes, batch_size):
-            x = block.to(model.mean.device, model.mean.dtype)
-            codes.append(model.encode(x))
-            out = model.decode(codes[-1])
-            distances.append(vertex_distances(out, x).flatten())
-            further.append((out[..., 3:] - x[..., 3:]).abs().double().mean(dim=1))
-    d = torch.cat(distances).double().sort().values
-    n = d.numel()
-    spread = torch.cat(codes).std(dim=0, correction=0)
+        for x, z, out in _reconstructed(model, meshes, batch_size):
+            d = vertex_distances(out, x).flatten()
+            distances.add(d)
+            ranks.add(d)
+            codes.add(z)
+            further.add((out[..., 3:] - x[..., 3:]).abs().double().mean(dim=1))
+        again = _all_distances(model, meshes, batch_size)
+        low, high = ranks.values([(ranks.count - 1) // 2, ranks.count // 2], again)
+    spread = codes.std
     found: dict[str, Any] = {
-        "mean": d.mean().item(),
-        "std": d.std(correction=0).item(),
-        "median": ((d[(n - 1) // 2] + d[n // 2]) / 2).item(),
+        "mean": distances.mean.item(),
+        "std": distances.std.item(),
+        "median": (low + high) / 2,
         "alive": int((spread > 1e-3 * spread.max()).sum()),
     }
     if model.in_channels > 3:
-        found["features"] = torch.cat(further).mean(dim=0).tolist()
+        found["features"] = further.mean.tolist()
     return found
+
+
+@torch.no_grad()
+def error_quantiles(
+    model: MorphableModel, meshes: Any, q: Sequence[float], batch_size: int = 64
+) -> list[float]:
+    r"""Quantiles of the error over all vertices of all meshes, in millimetres, exact and in memory
+    that does not grow with the meshes: more of them than :obj:`KEPT` distances are reconstructed
+    twice. Between two distances they are interpolated, as by :func:`numpy.quantile`.
+
+    Args:
+        model (MorphableModel): The model.
+        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Meshes :obj:`[M, N, C]` in
+            metres.
+        q (list): Shares of the distances from 0 to 1, such as 0.5 for the median.
+        batch_size (int, optional): Meshes reconstructed at a time. (default: :obj:`64`)
+
+    Raises:
+        ValueError: If a share is not from 0 to 1.
+    """
+    if not all(0 <= share <= 1 for share in q):
+        raise ValueError(f"Expected quantiles from 0 to 1 (got {list(q)})")
+    meshes, ranks = _prepared(model, "meshes", meshes), _Ranks()
+    again = _all_distances(model, meshes, batch_size)
+    with evaluating(model):
+        for d in again():
+            ranks.add(d)
+        places = [share * (ranks.count - 1) for share in q]
+        below, above = [math.floor(place) for place in places], [math.ceil(p) for p in places]
+        found = ranks.values(below + above, again)
+    pairs = zip(found[: len(q)], found[len(q) :], places, strict=True)
+    return [low + (high - low) * (place % 1) for low, high, place in pairs]
+
+
+def _reconstructed(
+    model: MorphableModel, meshes: Any, batch_size: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    # Meshes, codes and reconstructions.
+    for block in blocks(meshes, batch_size):
+        x = block.to(model.mean.device, model.mean.dtype)
+        z = model.encode(x)
+        yield x, z, model.decode(z)
+
+
+def _all_distances(
+    model: MorphableModel, meshes: Any, batch_size: int
+) -> Callable[[], Iterator[Tensor]]:
+    def distances() -> Iterator[Tensor]:
+        for x, _, out in _reconstructed(model, meshes, batch_size):
+            yield vertex_distances(out, x).flatten()
+
+    return distances
+
+
+class _Moments:
+    # Mean and standard deviation over the first dimension, block by block (Chan, Golub & LeVeque):
+    # squares are taken about the mean of their block, never of sums that nearly cancel.
+    def __init__(self) -> None:
+        self.count, self.mean, self.squares = 0, torch.tensor(0.0), torch.tensor(0.0)
+
+    def add(self, values: Tensor) -> None:
+        values, num = values.double(), len(values)
+        mean = values.mean(dim=0)
+        away, total = mean - self.mean.to(mean), self.count + num
+        squares = (values - mean).square().sum(dim=0) + away**2 * (self.count * num / total)
+        self.squares = self.squares.to(mean) + squares
+        self.mean, self.count = self.mean.to(mean) + away * (num / total), total
+
+    @property
+    def std(self) -> Tensor:
+        return (self.squares / self.count).sqrt()
+
+
+class _Ranks:
+    # The values at some ranks among many that are not negative, exactly and in constant memory.
+    # Bits of floating point numbers are in the order of the numbers, so the values are found digit
+    # by digit of sixteen bits, each by a histogram of all values that begin as they do (radix
+    # selection). Up to KEPT values are simply sorted.
+    def __init__(self) -> None:
+        self.count, self.dtype = 0, torch.float32
+        self.kept: list[Tensor] = []
+        self.first: Tensor | None = None
+
+    def add(self, values: Tensor) -> None:
+        self.count, self.dtype = self.count + values.numel(), values.dtype
+        self.kept.append(values)
+        if self.first is not None or self.count > KEPT:
+            for part in self.kept:
+                count = _histogram(_bits(part) >> _shift(part.dtype))
+                self.first = count if self.first is None else self.first + count
+            self.kept = []
+
+    def values(self, ranks: Sequence[int], again: Callable[[], Iterator[Tensor]]) -> list[float]:
+        r"""The values at ranks from 0; :obj:`again` gives all of them once more."""
+        if self.first is None:
+            ordered = np.sort(torch.cat(self.kept).numpy(force=True))
+            return ordered[list(ranks)].astype(np.float64).tolist()
+        shift = _shift(self.dtype)
+        found = [_digit(self.first, 0, rank) for rank in ranks]  # first bits, rank among the rest
+        while shift > 0:
+            shift -= DIGIT
+            counts = {bits: torch.zeros_like(self.first) for bits, _ in found}
+            for values in again():
+                rest = _bits(values) >> shift
+                for bits, count in counts.items():
+                    count += _histogram(rest[rest >> DIGIT == bits] & ((1 << DIGIT) - 1))
+            found = [_digit(counts[bits], bits, rank) for bits, rank in found]
+        whole = torch.tensor([bits for bits, _ in found], dtype=torch.int64)
+        if self.dtype == torch.float32:
+            whole = whole.int()
+        return whole.view(self.dtype).double().tolist()
+
+
+def _shift(dtype: torch.dtype) -> int:
+    return (torch.finfo(dtype).bits if dtype == torch.float64 else 32) - DIGIT
+
+
+def _bits(values: Tensor) -> Tensor:
+    # Without the sign, which NaN may have.
+    if values.dtype == torch.float64:
+        return values.view(torch.int64) & ((1 << 63) - 1)
+    return values.float().view(torch.int32).long() & ((1 << 31) - 1)
+
+
+def _histogram(digits: Tensor) -> Tensor:
+    return torch.bincount(digits, minlength=1 << DIGIT)
+
+
+def _digit(count: Tensor, bits: int, rank: int) -> tuple[int, int]:
+    # The next digit of the value at a rank, and its rank among those that have this digit.
+    total = count.cumsum(0)
+    digit = min(int(torch.searchsorted(total, rank, right=True)), len(count) - 1)
+    return (bits << DIGIT) | digit, rank - int(total[digit] - count[digit])
 
 
 @torch.no_grad()

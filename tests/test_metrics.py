@@ -3,12 +3,14 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
+from pyg_attnpool import metrics
 from pyg_attnpool.datasets import MeshDataset
 from pyg_attnpool.metrics import (
     compactness,
     coverage,
     diversity,
     encode_all,
+    error_quantiles,
     generalisation,
     generation,
     mean_distances,
@@ -63,6 +65,52 @@ def test_mean_std_and_true_median(num):
     assert found["std"] == pytest.approx(d.std(), rel=1e-4)
     assert found["median"] == pytest.approx(np.median(d), rel=1e-4)
     assert model.training
+
+
+# As many distances as there are, one that ends a block, and ties among few values.
+RANKED = {
+    "spread": lambda n: np.random.default_rng(n).lognormal(size=n) * 10.0 ** (n % 7 - 3),
+    "ties": lambda n: np.random.default_rng(n).integers(0, 4, size=n) / 8,
+    "zeros": lambda n: np.zeros(n),
+    "close": lambda n: 1 + np.random.default_rng(n).integers(0, 999, size=n) * 2.0**-23,
+    "not finite": lambda n: np.where(np.arange(n) % 3 == 1, np.inf, 1.5),
+}
+
+
+@pytest.mark.parametrize("kind", RANKED)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("kept", [0, 10**9])
+def test_ranks_are_those_of_numpy(monkeypatch, kind, dtype, kept):
+    monkeypatch.setattr(metrics, "KEPT", kept)
+    for n in (1, 2, 7, 64, 1000, 70_001):
+        values = RANKED[kind](n).astype(dtype)
+        parts = torch.from_numpy(values).split(64)
+        ranks = metrics._Ranks()
+        for part in parts:
+            ranks.add(part)
+        assert ranks.count == n and (ranks.first is not None) == (kept == 0)
+        wanted = [0, (n - 1) // 2, n // 2, int(0.9 * (n - 1)), n - 1]
+        found = ranks.values(wanted, lambda parts=parts: iter(parts))
+        assert found == np.sort(values)[wanted].astype(np.float64).tolist()
+        assert (found[1] + found[2]) / 2 == np.median(values.astype(np.float64))
+
+
+@pytest.mark.parametrize("kept", [0, 300, 10**9])
+def test_errors_do_not_depend_on_what_is_kept(monkeypatch, kept):
+    x = meshes(19)
+    model = MorphableModel.pca(TEMPLATE, 3).fit(x, x)
+    with torch.no_grad():
+        d = vertex_distances(model(x), x).flatten().double().numpy()
+    monkeypatch.setattr(metrics, "KEPT", kept)
+    found = model.evaluate(x, batch_size=4)
+    assert found["mean"] == pytest.approx(d.mean(), rel=1e-6)
+    assert found["std"] == pytest.approx(d.std(), rel=1e-6)
+    assert found["median"] == pytest.approx(np.median(d), rel=1e-6)
+    shares = [0, 0.013, 0.25, 0.5, 0.99, 1]
+    quantiles = error_quantiles(model, x, shares, batch_size=4)
+    np.testing.assert_allclose(quantiles, np.quantile(d, shares), rtol=1e-6)
+    with pytest.raises(ValueError, match="quantiles from 0 to 1"):
+        error_quantiles(model, x, [0.5, 1.5])
 
 
 def test_living_latent_channels():

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.paper.data import Meshes
 from benchmarks.report import machine
 from pyg_attnpool import MorphableModel
-from pyg_attnpool.metrics import vertex_distances
+from pyg_attnpool.metrics import error_quantiles
 
 BATCH_SIZE = 16
 
@@ -111,7 +110,7 @@ def train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) -> 
             freeze=True,
         )
     model.to(device)
-    quantiles = np.quantile(_distances(model, test), np.linspace(0, 1, 101))
+    quantiles = error_quantiles(model, test, np.linspace(0, 1, 101).tolist())
     about = machine(device)
     versions = ("python", "torch", "torch_geometric")
     return {
@@ -124,11 +123,3 @@ def train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) -> 
         "device": about.get("gpu", about["processor"]),
         "versions": ", ".join(f"{name} {about[name]}" for name in versions),
     }
-
-
-@torch.no_grad()
-def _distances(model: MorphableModel, x: Tensor) -> np.ndarray:
-    # Per vertex, in millimetres.
-    device = model.mean.device
-    blocks = (b.to(device) for b in x.split(64))
-    return torch.cat([vertex_distances(model(b), b).flatten().cpu() for b in blocks]).numpy()

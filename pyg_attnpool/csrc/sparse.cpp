@@ -96,21 +96,6 @@ void spmm_grads(int64_t N, int64_t C, const int64_t* rowptr_t, const int64_t* co
     }
 }
 
-// The pattern of the transposed matrix: a stable counting sort by column.
-void transpose(int64_t M, int64_t N, const int64_t* rowptr, const int64_t* col, int64_t* rowptr_t,
-               int64_t* col_t, int64_t* perm) {
-    std::fill_n(rowptr_t, N + 1, 0);
-    for (int64_t e = 0; e < rowptr[M]; ++e) ++rowptr_t[col[e] + 1];
-    for (int64_t j = 0; j < N; ++j) rowptr_t[j + 1] += rowptr_t[j];
-    std::vector<int64_t> next(rowptr_t, rowptr_t + N);
-    for (int64_t i = 0; i < M; ++i)
-        for (int64_t e = rowptr[i]; e < rowptr[i + 1]; ++e) {
-            const int64_t to = next[col[e]]++;
-            col_t[to] = i;
-            perm[to] = e;
-        }
-}
-
 }  // namespace
 
 #define FUNCTIONS(T)                                                                              \

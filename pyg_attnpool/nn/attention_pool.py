@@ -13,10 +13,10 @@ from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.ops.attention import attention, cosine_at, dense_attention
+from pyg_attnpool.ops.attention import attend, attention, cosine_at, dense_attention
 from pyg_attnpool.ops.backend import at_least_single
 from pyg_attnpool.ops.search import Search, cosine_topk
-from pyg_attnpool.ops.sparse import Pattern, fuse_slots, map_rows
+from pyg_attnpool.ops.sparse import Pattern, fuse_slots
 
 K_POOL, K_UNPOOL = 2, 32
 
@@ -353,10 +353,13 @@ class AttentionPool(PoolingLayer):
         r"""Index and weight :obj:`[M, k]` of every slot, those of the prior last."""
         return self._fused(self.prior_index)[:2]
 
+    def _prior(self, prior_index: Tensor | None) -> tuple[Any, Tensor | None]:
+        if prior_index is None:
+            return None, None
+        return (prior_index, self.prior_weight), self.fusion_weight
+
     def _fused(self, prior_index: Tensor | None) -> tuple[Tensor, Tensor, Pattern | None]:
-        prior = share = None
-        if prior_index is not None:
-            prior, share = (prior_index, self.prior_weight), self.fusion_weight
+        prior, share = self._prior(prior_index)
         if self.k is not None:
             return attention(self.query, self.key, self.k, self.log_beta, prior, share, self.search)
         weight = dense_attention(self.query, self.key, self.log_beta)
@@ -384,8 +387,9 @@ class AttentionPool(PoolingLayer):
 
     def rows_forward(self, x: Tensor) -> Tensor:
         if self.k is not None:
-            index, weight, transposed = self._fused(self.prior_index)
-            return map_rows(index, weight, x, self.num_source, transposed)
+            prior, share = self._prior(self.prior_index)
+            vectors = self.query, self.key, self.k, self.log_beta
+            return attend(x, *vectors, prior, share, self.search)
         with torch.autocast(x.device.type, enabled=False):  # the result is of the type of x
             y = self._dense().to(x.dtype) @ x.reshape(self.num_source, -1)
         return y.view(self.num_target, *x.shape[1:])

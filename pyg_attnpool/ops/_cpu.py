@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 VERSION = 7  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+SERIAL = 1 << 15  # that of csrc/simd.h
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
 
@@ -96,6 +97,20 @@ TYPED: dict[str, Signature] = {  # compiled for each of DTYPES, whose name is ap
         lambda M, N, c, k, P: (
             *(M * c, N * c, M * (k + P), M * k, M * P, M * (k + P)),
             *(N + 1, M * (k + P), M * (k + P), M * c, N * c, 2),
+        ),
+    ),
+    # M, N, C, k, P, index, score, prior_index, prior, scale, share, x, out
+    "attended": (
+        [*[SIZE] * 5, INDEX, ARRAY, INDEX, ARRAY, NUMBER, NUMBER, ARRAY, ARRAY],
+        lambda M, N, C, k, P: (M * k, M * k, M * P, M * P, N * C, M * C),
+    ),
+    # M, N, C, c, k, P, threads, query, key, index, score, prior_index, prior, scale, share, x,
+    # grad, scratch, grad_query, grad_key, grad_scalars, grad_x
+    "attended_backward": (
+        [*[SIZE] * 7, ARRAY, ARRAY, INDEX, ARRAY, INDEX, ARRAY, NUMBER, NUMBER, *[ARRAY] * 7],
+        lambda M, N, C, c, k, P, threads: (
+            *(M * c, N * c, M * k, M * k, M * P, M * P, N * C, M * C, (threads - 1) * N * C),
+            *(M * c, N * c, 2, N * C),
         ),
     ),
 }
@@ -402,4 +417,46 @@ def attention_backward(
     sizes = (query.size(0), *key.shape, score.size(1), prior.size(1))
     inputs = query, key, index, score, prior, scale, share, grad
     call(_named("attention_backward", query), *sizes, *inputs, *transposed, *out)
+    return out
+
+
+def attended(
+    index: Tensor,
+    score: Tensor,
+    prior_index: Tensor,
+    prior: Tensor,
+    scale: float,
+    share: float,
+    x: Tensor,
+) -> Tensor:
+    r"""The product of the weights of :meth:`attention` with rows :obj:`[N, C]`."""
+    out = x.new_empty(index.size(0), x.size(1))
+    sizes = index.size(0), *x.shape, index.size(1), prior.size(1)
+    inputs = index, score, prior_index, prior, scale, share, x
+    call(_named("attended", x), *sizes, *inputs, out)
+    return out
+
+
+def attended_backward(
+    query: Tensor,
+    key: Tensor,
+    index: Tensor,
+    score: Tensor,
+    prior_index: Tensor,
+    prior: Tensor,
+    scale: float,
+    share: float,
+    x: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    r"""The gradients of query and key, those of share and logarithm of the scale :obj:`[2]`, and
+    that of the rows, from that of their product."""
+    of_scalars = query.new_empty(2)
+    out = torch.empty_like(query), torch.empty_like(key), of_scalars, torch.empty_like(x)
+    (num_query, k), (num_key, channels), slots = index.shape, x.shape, prior.size(1)
+    threads = torch.get_num_threads() if num_query * (k + slots) * channels > SERIAL else 1
+    scratch = workspace((threads - 1, *x.shape), x.dtype)
+    sizes = num_query, num_key, channels, query.size(1), k, slots, threads
+    inputs = query, key, index, score, prior_index, prior, scale, share, x, grad
+    call(_named("attended_backward", x), *sizes, *inputs, scratch, *out)
     return out

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import composing, on_cpu, operator, single
+from pyg_attnpool.ops.backend import at_least_single, composing, on_cpu, operator, single
 from pyg_attnpool.ops.search import Search, full_search, normalized
-from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, sddmm, transpose
+from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, sddmm, spmm, transpose
 
 
 def attention(
@@ -170,6 +170,133 @@ def _attention_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _attention.register_autograd(_attention_grads, setup_context=_attention_setup)
+
+
+def attend(
+    x: Tensor,
+    query: Tensor,
+    key: Tensor,
+    k: int,
+    log_beta: Tensor | None = None,
+    prior: tuple[Tensor, Tensor] | None = None,
+    share: Tensor | None = None,
+    search: Search | None = None,
+) -> Tensor:
+    r"""Applies the mapping of :meth:`attention` to rows, differentiable in these too. On a CPU its
+    weights and their product are one operation, and so are all gradients.
+
+    Args:
+        x (torch.Tensor): Rows :obj:`[N, B, F]`.
+        query, key, k, log_beta, prior, share, search: As in :meth:`attention`.
+
+    Returns:
+        Rows :obj:`[M, B, F]`, in the type of :obj:`x`.
+
+    Raises:
+        ValueError: As :meth:`attention` does, or if there is no row for every key.
+
+    >>> query, key = torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 1.0], [1.0, 0.0], [3.0, 4.0]])
+    >>> attend(torch.tensor([[[5.0]], [[1.0]], [[9.0]]]), query, key, k=2)  # 0.625 and 0.375
+    tensor([[[4.]]])
+    """
+    one_type = at_least_single(x.dtype) == at_least_single(query.dtype)
+    if not (on_cpu(x) and on_cpu(query) and one_type):
+        index, weight, transposed = attention(query, key, k, log_beta, prior, share, search)
+        return map_rows(index, weight, x, key.size(0), transposed)
+    if x.dim() != 3 or x.size(0) != key.size(0):
+        raise ValueError(f"Expected rows of shape [{key.size(0)}, B, F] (got {list(x.shape)})")
+    with torch.autocast(x.device.type, enabled=False):
+        find = full_search if search is None else search
+        index, score = find(query.detach(), key.detach(), k)
+        if prior is None:
+            prior = index.new_empty(len(index), 0), query.new_empty(len(index), 0)
+        prior_weight = prior[1].to(query.dtype)
+        rows = x.reshape(x.size(0), -1)
+        y = _attended(query, key, log_beta, share, index, score, prior[0], prior_weight, rows)
+    return y.view(-1, *x.shape[1:])
+
+
+@operator("attended")
+def _attended(
+    query: Tensor,
+    key: Tensor,
+    log_beta: Tensor | None,
+    share: Tensor | None,
+    index: Tensor,
+    score: Tensor,
+    prior_index: Tensor,
+    prior: Tensor,
+    x: Tensor,
+) -> Tensor:
+    scalars = _scalars(log_beta, share)
+    slots = index, score, prior_index.contiguous(), single(prior)
+    return _cpu.attended(*slots, *scalars, single(x)).to(x.dtype)
+
+
+@_attended.register_fake
+def _(*inputs: Any) -> Tensor:
+    *_, index, _, _, _, x = inputs
+    return x.new_empty(index.size(0), x.size(1))
+
+
+@operator("attended_backward")
+def _attended_backward(
+    query: Tensor,
+    key: Tensor,
+    log_beta: Tensor | None,
+    share: Tensor | None,
+    index: Tensor,
+    score: Tensor,
+    prior_index: Tensor,
+    prior: Tensor,
+    x: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # The gradients of query, key, share and log_beta together, and x.
+    slots = index, score, prior_index.contiguous(), single(prior)
+    of_query, of_key, of_scalars, of_x = _cpu.attended_backward(
+        single(query), single(key), *slots, *_scalars(log_beta, share), single(x), single(grad)
+    )
+    dtype = query.dtype
+    return of_query.to(dtype), of_key.to(dtype), of_scalars.to(dtype), of_x.to(x.dtype)
+
+
+@_attended_backward.register_fake
+def _(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, key, *_, x, _ = inputs
+    like = query.new_empty(query.shape), key.new_empty(key.shape), query.new_empty(2)
+    return *like, x.new_empty(x.shape)
+
+
+def _attended_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _attended_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    query, key, log_beta, share, index, _, prior_index, prior, x = ctx.saved_tensors
+    inputs = query, key, log_beta, share, x
+    needed = *ctx.needs_input_grad[:4], ctx.needs_input_grad[8]
+    again = torch.is_grad_enabled()  # second derivatives are asked for
+    if again or composing():
+        learned = [t for t, need in zip(inputs, needed, strict=True) if need]
+        with torch.enable_grad():
+            slots = torch.cat([index, prior_index], dim=1)
+            weight = _composed(query, key, log_beta, share, slots, prior, None, None, None)
+            y = spmm(ell_rowptr(slots), slots.flatten(), weight.flatten().to(x.dtype), x)
+        of_learned = iter(torch.autograd.grad(y, learned, grad, create_graph=again))
+        *grads, of_x = (next(of_learned) if need else None for need in needed)
+        return *grads, *[None] * 4, of_x
+    of_query, of_key, of_scalars, of_x = _attended_backward(*ctx.saved_tensors, grad)
+    of_share, of_beta = (
+        s if like is None else s.view_as(like)
+        for s, like in zip(of_scalars, (share, log_beta), strict=True)
+    )
+    found = of_query, of_key, of_beta, of_share, of_x
+    *grads, of_x = (g if need else None for g, need in zip(found, needed, strict=True))
+    return *grads, *[None] * 4, of_x
+
+
+_attended.register_autograd(_attended_grads, setup_context=_attended_setup)
 
 
 def dense_attention(query: Tensor, key: Tensor, log_beta: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from torch.testing import assert_close
 
 from pyg_attnpool.ops import _cpu, reference
 from pyg_attnpool.ops import attention as ops
-from pyg_attnpool.ops.sparse import ell_rowptr, transpose
+from pyg_attnpool.ops.sparse import ell_rowptr, map_rows, transpose
 
 # number of queries, keys, channels, k
 SIZES = [(1, 1, 1, 1), (7, 5, 3, 1), (13, 29, 5, 4), (31, 17, 21, 17), (50, 101, 8, 33)]
@@ -134,6 +134,128 @@ def test_first_and_second_derivatives_beside_a_prior(log_beta, device):
 
     assert gradcheck(run, (query, key, *scalars))
     assert gradgradcheck(run, (query, key, *scalars))
+
+
+# Applied to rows #####################################################################
+
+# To fewer and to more vertices, features of no, some and several vectors.
+APPLIED = [(1, 1, 1, 1, 1), (7, 5, 3, 1, 2), (13, 29, 5, 4, 40), (101, 37, 21, 17, 67)]
+APPLIED += [(300, 50, 8, 33, 129)]
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("slots", [0, 3])
+@pytest.mark.parametrize("sizes", APPLIED, ids=str)
+def test_attend_and_gradients_equal_reference(sizes, slots, threads, log_beta, device):
+    num_query, num_key, channels, k, features = sizes
+    query = leaf(num_query, channels, device=device)
+    key = leaf(num_key, channels, device=device)
+    x = leaf(num_key, 1, features, device=device)
+    prior, share = with_prior(num_query, num_key, slots, device) if slots else (None, None)
+    inputs = [t for t in (x, query, key, log_beta, share) if t is not None]
+    dense = reference.attention(query, key, k, log_beta)
+    if prior is not None:
+        dense = reference.fuse(dense, torch.zeros_like(dense).scatter_add(1, *prior), share)
+    expected = reference.apply(dense, x.transpose(0, 1)).transpose(0, 1)
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out = ops.attend(x, query, key, k, log_beta, prior, share)
+        cotangent = torch.randn_like(out)
+        found = torch.autograd.grad(out, inputs, cotangent)
+    finally:
+        torch.set_num_threads(before)
+    assert_close(out, expected)
+    wanted = torch.autograd.grad(expected, inputs, cotangent)
+    for grad, other in zip(found, wanted, strict=True):
+        assert_close(grad, other)
+
+
+def test_attend_twice_differentiated_and_in_part(log_beta, device):
+    query, key = leaf(5, 4, device=device), leaf(3, 4, device=device)
+    x = leaf(3, 2, 2, device=device)
+    prior, share = with_prior(5, 3, 2, device)
+    scalars = [share] if log_beta is None else [share, log_beta]
+
+    def run(x, query, key, share, log_beta=None):
+        return ops.attend(x, query, key, 2, log_beta, prior, share)
+
+    assert gradcheck(run, (x, query, key, *scalars))
+    assert gradgradcheck(run, (x, query, key, *scalars))
+    for wanted in (x, key):
+        others = [t.detach() if t is not wanted else t for t in (x, query, key, *scalars)]
+        grads = torch.autograd.grad(run(x, query, key, *scalars).square().sum(), wanted)
+        assert_close(torch.autograd.grad(run(*others).square().sum(), wanted), grads)
+
+
+@pytest.mark.parametrize("types", [(torch.float32, torch.float64), (torch.bfloat16, torch.float32)])
+def test_attend_gives_the_type_of_the_rows(types, device):
+    of_rows, of_vectors = types
+    query, key = (leaf(n, 4, device=device, dtype=of_vectors) for n in (9, 6))
+    x = leaf(6, 2, 5, device=device, dtype=of_rows)
+    out = ops.attend(x, query, key, 3)
+    index, weight, _ = ops.attention(query, key, 3)
+    expected = map_rows(index, weight, x.double(), 6)
+    assert out.dtype == of_rows
+    assert_close(out.double(), expected, rtol=0, atol=0.03 if of_rows == torch.bfloat16 else 1e-5)
+    out.double().square().sum().backward()
+    assert x.grad.dtype == of_rows and key.grad.dtype == query.grad.dtype == of_vectors
+
+
+def test_attend_refuses_other_rows(device):
+    query, key = leaf(9, 4, device=device), leaf(6, 4, device=device)
+    for size in ((5, 2, 3), (6, 3)):
+        with pytest.raises(ValueError, match="Expected rows of shape"):
+            ops.attend(leaf(*size, device=device), query, key, 3)
+
+
+def test_attend_compiles_without_graph_breaks(log_beta, compiled, device):
+    query, key = leaf(13, 5, device=device), leaf(9, 5, device=device)
+    x = leaf(9, 2, 3, device=device)
+    inputs = [x, query, key] if log_beta is None else [x, query, key, log_beta]
+    out = compiled(ops.attend)(x, query, key, 4, log_beta)
+    expected = ops.attend(x, query, key, 4, log_beta)
+    assert_close(out, expected)
+    found = torch.autograd.grad(out.square().sum(), inputs)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    for grad, other in zip(found, wanted, strict=True):
+        assert_close(grad, other)
+
+
+@pytest.mark.skipif(not _cpu.AVAILABLE, reason="operators of the compiled operations alone")
+@pytest.mark.parametrize("slots", [0, 2])
+@pytest.mark.parametrize("num_key", [5, 11])
+def test_operators_that_apply_pass_opcheck(slots, num_key, log_beta):
+    if log_beta is not None and log_beta.device.type != "cpu":
+        pytest.skip("operators of a CPU")
+    query, key = leaf(7, 3, device="cpu"), leaf(num_key, 3, device="cpu")
+    prior, share = with_prior(7, num_key, slots, "cpu")
+    index, score = torch.ops.pyg_attnpool.topk(query.detach(), key.detach(), 4)
+    x = leaf(num_key, 6, device="cpu")
+    inputs = (query, key, log_beta, share if slots else None, index, score, *prior, x)
+    torch.library.opcheck(torch.ops.pyg_attnpool.attended, inputs)
+    inputs = [t if t is None else t.detach() for t in inputs]
+    grad = torch.randn(7, 6, dtype=torch.float64)
+    torch.library.opcheck(torch.ops.pyg_attnpool.attended_backward, (*inputs, grad))
+
+
+@pytest.mark.skipif(not _cpu.AVAILABLE, reason="operators of the compiled operations alone")
+@pytest.mark.parametrize("num_key", [5, 11])
+def test_indices_out_of_range_are_refused(num_key):
+    query, key, x = torch.randn(7, 3), torch.randn(num_key, 3), torch.randn(num_key, 6)
+    index, score = torch.ops.pyg_attnpool.topk(query, key, 4)
+    prior = torch.zeros(7, 2, dtype=torch.long), torch.rand(7, 2)
+    for wrong in (index, prior[0]):
+        before = wrong[3, 1].clone()
+        for vertex in (-1, num_key):
+            wrong[3, 1] = vertex
+            with pytest.raises(ValueError, match="Expected indices"):
+                _cpu.attended(index, score, *prior, 1.0, 0.5, x)
+            with pytest.raises(ValueError, match="Expected indices"):
+                slots = query, key, index, score, *prior
+                _cpu.attended_backward(*slots, 1.0, 0.5, x, torch.randn(7, 6))
+        wrong[3, 1] = before
 
 
 @pytest.mark.skipif(not _cpu.AVAILABLE, reason="operators of the compiled operations alone")

@@ -202,8 +202,8 @@ def test_argument_types_are_those_of_the_sources():
 
     functions = declared()
     assert len(functions) > 8
-    # Those of the decoder take steps that only the package makes.
-    own = {"decode", "decoder_width", "checksum"}
+    # Those of a plan take steps that only the package makes.
+    own = {"run_plan", "plan_width", "checksum"}
     assert functions.keys() - own == _cpu.TYPED.keys() | _cpu.UNTYPED.keys()
     for name, (kinds, numels) in (_cpu.TYPED | _cpu.UNTYPED).items():
         required = [each._replace(optional=False) for each in kinds]
