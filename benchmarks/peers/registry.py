@@ -23,6 +23,9 @@ class Peer(NamedTuple):
     millimetres: bool = True
     r"""Whether the loss is the mean distance, or else the L1 loss of standardised coordinates."""
 
+    optimizer: str | None = None
+    r"""As in :meth:`MorphableModel.fit`: by default the network's own, or Adam."""
+
 
 def _pca(hierarchy: MeshHierarchy, latent: int) -> Module:
     return PCA.empty(hierarchy.num_vertices[0], latent)
@@ -42,6 +45,8 @@ PEERS = {
     IDENTITY_EXPRESSION: Peer(_pca, False),
     "MLP": Peer(MLP),
     "token mixer": Peer(TokenMixer),
+    "MLP, Muon": Peer(MLP, optimizer="muon"),
+    "token mixer, Muon": Peer(TokenMixer, optimizer="muon"),
     "SpiralNet++": Peer(_neural3dmm(conv_kwargs={"length": 9})),
     "LSA-Conv": Peer(_neural3dmm(LSAConv, conv_kwargs={}, out_bias=True)),
     "VC-Conv": Peer(_neural3dmm(VCConv, conv_kwargs={}, out_bias=True)),
@@ -51,6 +56,8 @@ PEERS = {
     "Neural3DMM, attention": Peer(_neural3dmm(pool="attention"), millimetres=False),
     "modal": Peer(lambda h, n: modal(h, latent_channels=n)),
     "modal, QEM": Peer(lambda h, n: modal(h, "qem", n)),
+    "modal, Adam": Peer(lambda h, n: modal(h, latent_channels=n), optimizer="one_cycle"),
+    "modal, guessed codes": Peer(lambda h, n: modal(h, latent_channels=n, refinements=0)),
     "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0)),
     "modal, no further modes": Peer(lambda h, n: modal(h, "qem", n, modes=0, level=0)),
 }
@@ -97,6 +104,7 @@ def train_peer(
         val,
         epochs=epochs,
         batch_size=BATCH_SIZE,
+        optimizer=peer.optimizer,
         lr=lr,
         loss=distance_loss if peer.millimetres and not own else None,
         seed=seed,

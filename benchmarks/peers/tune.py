@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--latent", nargs="+", type=int, default=[8])
     add("--steps", type=int, default=425, help="at least so many, in whole epochs")
     add("--seeds", nargs="+", type=int, default=SEEDS[:1], choices=SEEDS)
+    add("--rates", nargs="+", type=float, default=GRID, choices=GRID, help="a part of the grid")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
     add("--root", type=Path, default=Path("data"), help="folder of the data sets")
     add("--output", type=Path, default=Path("runs/peers"))
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for latent in options.latent
             for name in options.peers
             for seed in options.seeds
-            for lr in GRID
+            for lr in options.rates
             if PEERS[name].trained
         ]
         for latent, name, seed, lr in runs:
