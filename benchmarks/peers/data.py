@@ -4,6 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from pyg_attnpool import MeshHierarchy
 from pyg_attnpool.datasets import AnnyBodies, AnnyFaces, AnnyHands
 
 SETS: dict[str, Callable[[Path], Any]] = {
@@ -17,3 +20,17 @@ SETS: dict[str, Callable[[Path], Any]] = {
         root / "AnnyFaces", frames=3, detail=True, num_subjects=100
     ),
 }
+
+
+def load(
+    data: str, root: Path
+) -> tuple[MeshHierarchy, tuple[Tensor, Tensor, Tensor], list[str] | None]:
+    r"""The levels of the template of a set, its training, validation and test meshes, and the
+    subjects of the training meshes where they have names."""
+    dataset = SETS[data](root)
+    hierarchy = MeshHierarchy.from_template(dataset.template, cache=root / "hierarchies")
+    split = dataset.split()
+    train, val, test = (dataset.read(part) for part in split)
+    names = dataset.subject
+    subjects = None if names is None else [names[i] for i in split[0].tolist()]
+    return hierarchy, (train, val, test), subjects

@@ -40,7 +40,7 @@ def fit(
     output: str | Path | None = None,
     epochs: int = 30,
     batch_size: int = 16,
-    optimizer: Optimizer = "one_cycle",
+    optimizer: Optimizer | None = None,
     lr: float | None = None,
     loss: Loss | None = None,
     transform: Callable[[Tensor], Tensor] | None = None,
@@ -78,7 +78,7 @@ def fit(
         epochs (int, optional): The number of epochs. (default: :obj:`30`)
         batch_size (int, optional): Meshes per step, of each process. (default: :obj:`16`)
         optimizer (str or callable, optional): As in
-            :class:`~pyg_attnpool.training.MeshTraining`. (default: :obj:`"one_cycle"`)
+            :class:`~pyg_attnpool.training.MeshTraining`. (default: :obj:`None`)
         lr (float, optional): Another learning rate. (default: :obj:`None`)
         loss (callable, optional): Takes output and target :obj:`[B, N, C]`, standardised, to a
             scalar. If :obj:`None`, the network's own method :obj:`training_loss`, or else the L1

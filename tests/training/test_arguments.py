@@ -82,7 +82,6 @@ BAD = {
     "batch_size=2.0": (dict(batch_size=2.0), TypeError, "integer 'batch_size' .got 2.0"),
     "batch_size=None": (dict(batch_size=None), TypeError, "integer 'batch_size' .got None"),
     "optimizer='slow'": (dict(optimizer="slow"), ValueError, "'optimizer' to be one of"),
-    "optimizer=None": (dict(optimizer=None), ValueError, "'optimizer' to be one of"),
     "optimizer of a list": (dict(optimizer=["sgd"]), ValueError, "'optimizer' to be one of"),
     "optimizer makes none": (dict(optimizer=list), TypeError, "make an optimizer .got list"),
     "lr=0": (dict(lr=0), ValueError, "positive 'lr'"),
