@@ -247,30 +247,14 @@ def _decode_pca(network: PCA) -> list[Step]:
 
 
 def _encode_modal(network: ModalAutoencoder) -> list[Step]:
-    # c = V^T x and d = W^T (D x - m) - W^T D V c of centred meshes, side by side in one vector.
-    latent, modes = network.latent_channels, network.config.modes
-    center, linear = _encode_pca(network.linear)
-    pools = [_step(f"pools.{i}", pool) for i, pool in enumerate(network.pools)]
-    _, coarse = _encode_pca(network.modes)
-    assert isinstance(linear, Linear) and isinstance(coarse, Linear)
-    components = _array(network.linear.components)
-    left = run_plan([*pools, coarse], components)[:, 0].T  # [modes, latent]
-    coarse = Linear(coarse.weight, -coarse.weight @ _array(network.modes.mean).ravel())
-    code = np.concatenate([np.eye(latent), -left])
-    paths: list[list[Step]] = [[linear, _matrix(code)]]
-    if modes > 0:
-        paths.append([*pools, coarse, _matrix(np.eye(latent + modes)[:, latent:])])
-    scale = _array(network.scale)
-    whitened = _matrix(np.eye(latent, latent + modes) / scale[:latent, None])
-    bend = _perceptron(network.to_code, before=1 / _array(network._balance()))
-    return [center, Sum(paths), Sum([[whitened], bend])]
+    raise ValueError("Expected an encoder of fixed steps (got a ModalAutoencoder, which searches)")
 
 
 def _decode_modal(network: ModalAutoencoder) -> list[Step]:
     latent, modes = network.latent_channels, network.config.modes
     scale = _array(network.scale)
     straight = _matrix(np.eye(latent + modes, latent) * scale[:latent])
-    bend = _perceptron(network.from_code, after=_array(network._balance()))
+    bend = _perceptron(network.from_code, _array(network._balance()))
     pick = np.eye(latent + modes)
     paths: list[list[Step]] = [[_matrix(pick[:latent]), *_decode_pca(network.linear)]]
     if modes > 0:
@@ -279,17 +263,14 @@ def _decode_modal(network: ModalAutoencoder) -> list[Step]:
     return [Sum([[straight], bend]), Sum(paths)]
 
 
-def _perceptron(
-    layers: Sequential, before: ndarray | float = 1.0, after: ndarray | float = 1.0
-) -> list[Step]:
-    # Its input is multiplied by `before`, its output by `after`.
+def _perceptron(layers: Sequential, scale: ndarray) -> list[Step]:
+    # Its output is multiplied by the scale.
     plan: list[Step] = [
         Activation("silu") if isinstance(layer, SiLU) else _linear(layer) for layer in layers
     ]
-    first, last = plan[0], plan[-1]
-    assert isinstance(first, Linear) and isinstance(last, Linear)
-    plan[0] = Linear(first.weight * before, first.bias)
-    plan[-1] = Linear(last.weight * np.reshape(after, (-1, 1)), last.bias * after)
+    last = plan[-1]
+    assert isinstance(last, Linear)
+    plan[-1] = Linear(last.weight * scale[:, None], last.bias * scale)
     return plan
 
 

@@ -213,7 +213,7 @@ def attend(
         prior_weight = prior[1].to(query.dtype)
         rows = x.reshape(x.size(0), -1)
         y = _attended(query, key, log_beta, share, index, score, prior[0], prior_weight, rows)
-    return y.view(-1, *x.shape[1:])
+    return y.view(query.size(0), *x.shape[1:])
 
 
 @operator("attended")

@@ -145,7 +145,7 @@ def models(hierarchy):
     spiral = MeshAutoencoder(hierarchy, conv="spiral", activation="elu", up="variant", **small)
     modal = MorphableModel.modal(hierarchy, latent_channels=3, modes=5, hidden_channels=20)
     modal.autoencoder.fit_modes(lambda: [torch.randn(20, len(vertices), 3)])
-    for parameter in modal.autoencoder.parameters():  # the last layers start at zero
+    for parameter in modal.autoencoder.from_code.parameters():  # the last layer starts at zero
         parameter.data.normal_(std=0.3)
     for model in (pca, MorphableModel(cheb), MorphableModel(spiral), modal):
         model.set_statistics(torch.randn_like(model.mean), torch.rand_like(model.std) + 0.5)
@@ -156,7 +156,7 @@ def models_by_name(hierarchy):
     return dict(zip(("pca", "cheb", "spiral", "modal"), models(hierarchy), strict=True))
 
 
-@pytest.mark.parametrize("name", ["pca", "cheb", "spiral", "modal"])
+@pytest.mark.parametrize("name", ["pca", "cheb", "spiral"])
 def test_a_frozen_model_encodes_as_its_layers_do(library, hierarchy, name):
     model = models_by_name(hierarchy)[name]
     for batch_size in (0, 1, 17):
@@ -301,6 +301,7 @@ def test_what_has_no_compiled_step_is_decoded_by_its_layers(hierarchy):
     other = MorphableModel(MeshAutoencoder(hierarchy, conv="GCNConv", channels=(5, 7)))
     for model in (learning, other, models_by_name(hierarchy)["cheb"].double()):
         assert compiled_decoder(model) is None and compiled_encoder(model) is None
+    assert compiled_encoder(models_by_name(hierarchy)["modal"]) is None  # it searches
 
 
 @pytest.mark.parametrize(
