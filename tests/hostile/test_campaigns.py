@@ -1,6 +1,8 @@
 r"""Every family of hostile cases: some thousand in every run, and ten thousand of each that draws
 its cases in the long one."""
 
+import os
+
 import pytest
 
 from tests.hostile.campaign import campaign
@@ -34,6 +36,13 @@ def test_every_case(family):
 @pytest.mark.parametrize("family", SOME)
 def test_ten_thousand_cases(family, start):
     assert failures(family, start, start + PART) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("family, cases", [("kills", 16), ("disks", 60)])
+def test_kills_and_full_disks(family, cases):
+    assert failures(family, 0, cases) == []
 
 
 def test_what_becomes_of_cases_is_told(tmp_path):
