@@ -1,6 +1,7 @@
 r"""What becomes of hostile cases (tests/hostile): counts of every family, of this version and of
-others, each in its own checkout: ``python -m benchmarks.hostile --before PATH``."""
+another one in a checkout of its own: ``python -m benchmarks.hostile --before PATH``."""
 
+import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -38,6 +39,8 @@ NOTES = (
 def count(family: str, cases: int, package: Path | None, seconds: float) -> dict:
     r"""Verdicts of a family."""
     start, verdicts = time.perf_counter(), Counter()
+    if family in ("kills", "disks"):  # whose cases start processes of their own
+        seconds *= 10
     for result in campaign(family, 0, cases, package, seconds):
         verdicts[result.verdict] += 1
         if result.verdict != "held" and package is None:
@@ -57,7 +60,7 @@ def main(
     seconds_before: float = 5.0,
     output: Path = RESULTS,
 ):
-    r"""Prints and writes the tables.
+    r"""Counts, prints, and writes the tables after every family.
 
     Args:
         before: Checkout of another version, with its compiled operations, to count as well.
@@ -69,24 +72,34 @@ def main(
         seconds_before: And on the other version.
         output: Folder of the results.
     """
-    rows, tables = [], {}
-    versions = {commit: before, "now": None} if before else {"now": None}
-    for version, package in versions.items():
-        table = []
+    path = output / "hostile.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+    for version, package in {commit: before, "now": None}.items():
         for family in families:
             cases, on_others = FAMILIES[family]
-            if package is not None and not on_others:
+            older = version != "now"
+            if older and (package is None or not on_others):
                 continue
-            part = 1.0 if family in ("claims", "tools") else share
-            part *= share_before if package is not None and family not in ("claims", "tools") else 1
-            limit = seconds_before if package is not None else seconds
-            number = max(1, round(part * cases))
-            table.append(count(family, number, package, limit))
-            print(version, table[-1], flush=True)
-        rows += [{"version": version} | row for row in table]
-        tables[version] = table
-    about = report.machine("cpu") | {"seconds a case": seconds, "of the other": seconds_before}
-    print(report.write(output, "hostile", report.command(), rows, tables, about, NOTES))
+            if family not in ("claims", "tools"):
+                cases = max(1, round(cases * share * (share_before if older else 1)))
+            row = {"version": version}
+            row |= count(family, cases, package, seconds_before if older else seconds)
+            print(row, flush=True)
+            # What other runs have measured of other versions and families stays.
+            same = {key: row[key] for key in ("version", "family")}
+            rows = [old for old in rows if not same.items() <= old.items()] + [row]
+            write(rows, output, seconds, seconds_before)
+
+
+def write(rows: list[dict], output: Path, seconds: float, seconds_before: float) -> None:
+    order = list(FAMILIES)
+    rows = sorted(rows, key=lambda row: (row["version"] == "now", order.index(row["family"])))
+    tables: dict[str, list[dict]] = {}
+    for row in rows:
+        shown = {key: value for key, value in row.items() if key != "version"}
+        tables.setdefault(row["version"], []).append(shown)
+    about = report.machine("cpu") | {"seconds a case": seconds, "of another": seconds_before}
+    report.write(output, "hostile", report.command(), rows, tables, about, NOTES)
 
 
 if __name__ == "__main__":

@@ -350,3 +350,53 @@ def test_fuse_with_another_size_is_refused(mapping):
     other = Mapping.from_matrix(torch.ones(3, 5, device=mapping.device))
     with pytest.raises(ValueError, match=r"from 5 to 4 vertices \(got 5 to 3\)"):
         mapping.fuse(other, 0.5)
+
+
+@pytest.mark.parametrize("bad", [-1, 3, 2**40])
+@pytest.mark.parametrize(
+    "use",
+    ["to_dense", "to_edge_index", "to_scipy", "to_torch_csr", "entries", "to_select_output"],
+)
+def test_an_index_that_was_edited_is_refused(bad, use):
+    mapping = Mapping(torch.tensor([[0, 1], [2, 2]]), torch.ones(2, 2), 3)
+    mapping @ torch.ones(3, 1)
+    mapping.index[1, 0] = bad
+    with pytest.raises(ValueError, match="source vertices from 0 to 2"):
+        getattr(mapping, use)()
+    with pytest.raises(ValueError, match="source vertices from 0 to 2"):
+        mapping @ torch.ones(3, 1)
+    mapping.index[1, 0] = 2
+    assert (mapping @ torch.ones(3, 1)).flatten().tolist() == [2, 2]
+
+
+@pytest.mark.parametrize("rowptr", [[0, 5, 2, 3], [0, 1, 2**40, 3], [0, -5, 2, 3], [0, 1, 2, 2]])
+def test_row_pointers_of_a_sparse_tensor_are_looked_at(rowptr):
+    sparse = pytest.importorskip("torch_sparse")
+    matrix = sparse.SparseTensor(
+        rowptr=torch.tensor(rowptr),
+        col=torch.tensor([0, 1, 2]),
+        value=torch.ones(3),
+        sparse_sizes=(3, 3),
+        is_sorted=True,  # torch_sparse itself dies of them otherwise
+        trust_data=True,
+    )
+    with pytest.raises(ValueError, match="row pointers that ascend from 0 to 3"):
+        Mapping.from_matrix(matrix)
+
+
+def test_sizes_that_are_none():
+    index, weight = torch.tensor([[0, 1], [2, 2]]), torch.ones(2, 2)
+    for size in (3.7, "3", None):
+        with pytest.raises(TypeError, match="'num_source' to be an integer"):
+            Mapping(index, weight, size)
+    for size in (2**62, 2**70):  # whose pairs no long integer counts
+        with pytest.raises(ValueError, match="less than 2..63 pairs"):
+            Mapping(index, weight, size)
+    mapping = Mapping(index, weight, np.int64(3))
+    for batch_size in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="positive 'batch_size'"):
+            mapping.entries(batch_size)
+    with pytest.raises(ValueError, match="one 'alpha'"):
+        mapping.fuse(mapping, torch.ones(2))
+    with pytest.raises(TypeError, match="a Mapping to fuse with"):
+        mapping.fuse(3, 0.5)

@@ -15,6 +15,8 @@ from pyg_attnpool.mesh.io import check_mesh, edges
 BOUNDARY = 1.0  # weight of the planes that hold the boundary
 FLAT = 1e-3  # weight of the distance moved, which decides where the surface is flat
 MIN_COSINE = 0.2  # between the normals of a face before and after it changes
+COSINES = (MIN_COSINE, 0.0, None)  # one after another, where the one before leads to no such count
+FEW = 32  # vertices of a level for which several rules are tried
 SWEEPS = 3  # of moving kept vertices to where the surface comes closer
 SMALL = 4  # vertices of the smallest closed surface
 CHUNK = 1 << 19  # pairs of a point and a face measured at a time
@@ -109,11 +111,17 @@ def decimate(
     kept = np.arange(len(vertices))
     for count in num_vertices:
         fine = faces
-        faces, quadrics = _collapse(points, fine, quadrics, count, drop)
+        # Rules that keep many faces from folding may cost several components of few vertices
+        # more than they are worth: the rules are tried, and the closest surface is taken.
+        several = count <= FEW and _components(fine).max() > 0
+        found = [
+            _simplified(points, fine, quadrics, count, drop, start)
+            for start in range(len(COSINES) if several else 1)
+        ]
+        if several:
+            found.sort(key=lambda way: closest_points(points, points, way[0])[2].mean())
+        faces, quadrics = found[0]
         _tell_ends(fine, faces, order)
-        for _ in range(SWEEPS):
-            moved = _better_vertices(points, quadrics[:, 10:], fine, faces)
-            faces, quadrics = moved[faces], quadrics[moved]
         survivors = np.sort(order[np.unique(faces)])
         index = np.searchsorted(kept, survivors)
         levels.append((index, _sorted_faces(np.searchsorted(survivors, order[faces]))))
@@ -121,18 +129,29 @@ def decimate(
     return levels
 
 
+def _simplified(
+    points: ndarray, fine: ndarray, quadrics: ndarray, count: int, drop: bool, start: int
+) -> tuple[ndarray, ndarray]:
+    # The faces and quadrics of a level, from a rule of COSINES on.
+    faces, quadrics = _collapse(points, fine, quadrics, count, drop, start)
+    for _ in range(SWEEPS):
+        moved = _better_vertices(points, quadrics[:, 10:], fine, faces)
+        faces, quadrics = moved[faces], quadrics[moved]
+    return faces, quadrics
+
+
 def _collapse(
-    points: ndarray, faces: ndarray, quadrics: ndarray, count: int, drop: bool
+    points: ndarray, faces: ndarray, quadrics: ndarray, count: int, drop: bool, start: int
 ) -> tuple[ndarray, ndarray]:
     # The faces and quadrics of a mesh of `count` vertices; vertices keep their numbers.
     remaining = faces
-    left, found, sums = _collapse_edges(points, remaining, quadrics, count)
+    left, found, sums = _collapse_edges(points, remaining, quadrics, count, start)
     while left > count:
         components = _components(remaining)
         remaining = remaining[components != _cheapest(points, remaining, found)[0]]
         if not drop or len(np.unique(remaining)) < count:
             raise FewestVertices(left, count, int(components.max()) + 1)
-        left, found, sums = _collapse_edges(points, remaining, quadrics, count)
+        left, found, sums = _collapse_edges(points, remaining, quadrics, count, start)
 
     # A component at its last vertices may be worth less than they are to the others.
     distance = None
@@ -146,7 +165,7 @@ def _collapse(
         width = np.ptp(points[remaining[ends]].reshape(-1, 3), axis=0).max()
         if away > width or len(np.unique(fewer)) < count:
             break
-        left, other, other_sums = _collapse_edges(points, fewer, quadrics, count)
+        left, other, other_sums = _collapse_edges(points, fewer, quadrics, count, start)
         if distance is None:
             distance = closest_points(points, points, found)[2].mean()
         other_distance = closest_points(points, points, other)[2].mean()
@@ -188,7 +207,7 @@ def _tell_ends(fine: ndarray, coarse: ndarray, order: ndarray) -> None:
 
 
 def _collapse_edges(
-    points: ndarray, faces: ndarray, quadrics: ndarray, count: int
+    points: ndarray, faces: ndarray, quadrics: ndarray, count: int, start: int
 ) -> tuple[int, ndarray, ndarray]:
     # The ring of vertex i says for each of its faces (i, b, c): after neighbour b comes c.
     ring: list[dict[int, int]] = [{} for _ in points]
@@ -200,7 +219,7 @@ def _collapse_edges(
     left = sum(map(bool, ring))
 
     heap = _candidates(points, faces, quadrics)
-    for min_cosine in (MIN_COSINE, 0.0, None):
+    for min_cosine in COSINES[start:]:
         blocked: dict[tuple[int, int], tuple[float, int, int, int]] = {}
         heapify(heap)
         while heap and left > count:

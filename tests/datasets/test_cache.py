@@ -2,7 +2,6 @@ import errno
 import mmap
 import multiprocessing
 import os
-import resource
 import sys
 import threading
 import time
@@ -88,6 +87,7 @@ def test_the_file_is_mapped_and_never_written_to(tmp_path):
     assert content(tmp_path) == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks for the memory that Linux has")
 def test_more_than_memory_can_be_mapped_and_written_to(tmp_path):
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     num = 2 * memory // 12_000_000
@@ -256,6 +256,7 @@ def test_goes_on_before_what_was_damaged(tmp_path, place):
     assert content(killed) == content(whole)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_killed_twice_by_the_system(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     make(whole, Source())
@@ -320,6 +321,7 @@ def test_no_space_is_noticed_before_and_while_writing(tmp_path, monkeypatch):
     assert names(tmp_path) == []
 
     # The system refuses to let a file grow, as a full disk does.
+    resource = pytest.importorskip("resource", reason="limits on file sizes need POSIX")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))
     try:

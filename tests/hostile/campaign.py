@@ -17,7 +17,7 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 VERDICTS = ("held", "wrong", "another error", "out of memory", "hangs", "dies")
 HUNG = "hung"
-IMPORTS = 120  # seconds before the first case
+IMPORTS = 600  # seconds before the first case
 
 
 class Result(NamedTuple):
@@ -43,27 +43,27 @@ def campaign(
         while start < stop:
             with tempfile.TemporaryFile("w+") as errors:
                 command = [sys.executable, "-m", "tests.hostile", family, str(start), str(stop)]
-                process = subprocess.Popen(
+                begun, hung = "before any case", False
+                with subprocess.Popen(
                     command,
                     cwd=folder,
                     env=environment,
                     stdout=subprocess.PIPE,
                     stderr=errors,
                     text=True,
-                )
-                begun, hung = "before any case", False
-                for line in lines(process, seconds):
-                    if line == HUNG:
-                        hung = True
-                        break
-                    found = json.loads(line)
-                    begun = found.get("name", begun)
-                    if "verdict" in found:
-                        yield Result(start, found["verdict"], f"{begun}: {found['said']}")
-                        start += 1
-                        begun = "after the last case"
-                process.kill()
-                status = process.wait()
+                ) as process:
+                    for line in lines(process, seconds):
+                        if line == HUNG:
+                            hung = True
+                            break
+                        found = json.loads(line)
+                        begun = found.get("name", begun)
+                        if "verdict" in found:
+                            yield Result(start, found["verdict"], f"{begun}: {found['said']}")
+                            start += 1
+                            begun = "after the last case"
+                    process.kill()
+                status = process.returncode
                 if start < stop:
                     errors.seek(0)
                     said = f"{begun}: ended with {status}, {errors.read()[-400:]}"

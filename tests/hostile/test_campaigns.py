@@ -1,20 +1,20 @@
 r"""Every family of hostile cases: some thousand in every run, and ten thousand of each that draws
 its cases in the long one."""
 
+import os
+
 import pytest
 
 from tests.hostile.campaign import campaign
 from tests.hostile.claims import NAMES
-from tests.hostile.tools import PAIRS
 
 # Of some ten milliseconds each, but for the folders, of which some are trained in.
 SOME = {"files": 1000, "states": 600, "folders": 250, "geometry": 250}
-ALL = {"claims": len(NAMES), "tools": len(PAIRS)}
 PART = 2500
 
 
-def failures(family, start, stop):
-    found = list(campaign(family, start, stop))
+def failures(family, start, stop, seconds=60):
+    found = list(campaign(family, start, stop, seconds=seconds))
     assert len(found) == stop - start
     return [result for result in found if result.verdict != "held"]
 
@@ -24,9 +24,8 @@ def test_cases(family):
     assert failures(family, 0, SOME[family]) == []
 
 
-@pytest.mark.parametrize("family", ALL)
-def test_every_case(family):
-    assert failures(family, 0, ALL[family]) == []
+def test_every_claim():
+    assert failures("claims", 0, len(NAMES)) == []
 
 
 @pytest.mark.slow
@@ -34,6 +33,13 @@ def test_every_case(family):
 @pytest.mark.parametrize("family", SOME)
 def test_ten_thousand_cases(family, start):
     assert failures(family, start, start + PART) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+@pytest.mark.parametrize("family, cases", [("kills", 16), ("disks", 60)])
+def test_kills_and_full_disks(family, cases):
+    assert failures(family, 0, cases, seconds=300) == []
 
 
 def test_what_becomes_of_cases_is_told(tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from pyg_attnpool.mesh import barycentric_mapping, closest
-from tests.mesh.meshes import blob, closest_distance, join, torus
+from tests.mesh.meshes import blob, closest_distance, icosphere, join, torus
 
 
 def surface_points(index, weight, vertices):
@@ -83,3 +83,23 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="got 0 faces"):
         barycentric_mapping(vertices, vertices, faces[:0])
     assert barycentric_mapping(vertices[:0], vertices, faces)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("size", [1e-300, 1e-120, 1e120, 1e300])
+def test_sizes_whose_squares_are_no_numbers(size):
+    vertices, faces = icosphere(1)
+    points = np.random.default_rng(0).normal(size=(20, 3))
+    wanted = barycentric_mapping(points, vertices, faces)
+    found = barycentric_mapping(size * points, size * vertices, faces)
+    # Of faces that are equally close, rounding chooses.
+    a, b = (surface_points(*result, vertices) for result in (found, wanted))
+    np.testing.assert_allclose(a, b, atol=1e-9)
+
+
+def test_types_that_are_no_coordinates():
+    vertices, faces = icosphere(0)
+    for points in (vertices.astype(complex), vertices.astype(int), vertices.astype(str)):
+        with pytest.raises(TypeError, match="'points' of floating numbers"):
+            barycentric_mapping(points, vertices, faces)
+    with pytest.raises(TypeError, match="'faces' of integer numbers"):
+        barycentric_mapping(vertices, vertices, faces.astype(float))

@@ -1,3 +1,4 @@
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,22 @@ def test_components_that_cost_the_surface_little_give_up_their_last_vertices():
     # Far apart, they cost the surface much, and stay.
     vertices, faces = join(blob(3, seed=0), *[(v + 9 * i, f) for i, (v, f) in enumerate(eyes, 1)])
     assert [topology(coarse)[0] for _, coarse in levels_of(vertices, faces, counts)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("seed, better", [(0, True), (2, False)])
+def test_of_several_rules_the_closest_surface_is_taken(seed, better):
+    # A head with a neck and two eyeballs.
+    ball, triangles = icosphere(2)
+    eyes = [(0.1 * ball + [0.3 * side, 0.5, 0.6], triangles) for side in (-1, 1)]
+    vertices, faces = join(blob(3, seed=seed, hole=True), *eyes)
+    counts, distances = [len(vertices) // 4, len(vertices) // 16, 16], []
+    for few in (0, 32):
+        with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+            patch.setattr("pyg_attnpool.mesh.qem.FEW", few)
+            warnings.simplefilter("ignore")  # of the components that end
+            kept, coarse = list(levels_of(vertices, faces, counts))[-1]
+        distances.append(closest_distance(vertices, vertices[kept], coarse).mean())
+    assert distances[1] < 0.7 * distances[0] if better else distances[1] == distances[0]
 
 
 @pytest.mark.parametrize("seed", range(3))
