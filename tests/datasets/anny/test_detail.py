@@ -5,8 +5,10 @@ from scipy.spatial.transform import Rotation
 
 from pyg_attnpool.datasets import AnnyFaces, AnnyHands
 from pyg_attnpool.datasets.anny import Detail, detail
+from pyg_attnpool.datasets.anny import bodies as anny_bodies
 from pyg_attnpool.datasets.anny import faces as anny_faces
 from pyg_attnpool.datasets.anny.detail import FACES, Skin
+from pyg_attnpool.mesh.normals import vertex_normals
 
 SIDE = 41  # vertices of the sheet along each side, 3 mm apart
 FEW = {"num_subjects": 2, "frames": 1}
@@ -151,6 +153,25 @@ def test_hands_swell_as_they_close(loaded_once, tmp_path):
     reach = plain[..., 1].amax(dim=1)
     assert np.corrcoef(distance, reach)[0, 1] < -0.3
     assert distance.max() < 3
+
+
+def test_muscles_lie_where_they_are_and_flesh_lags(loaded_once, tmp_path):
+    pytest.importorskip("anny")
+    plain = anny_bodies._Bodies(tmp_path, 3, 0)
+    made = anny_bodies._Bodies(tmp_path, 3, 0, Detail(0, 1, 0, 0))
+    x, template = made.template[0], made.skin
+    biceps = made.muscles[0, "L"]
+    top = x[biceps.argmax()]
+    assert biceps.max() == 1 and top[0] > 0.15  # on the left
+    normal = vertex_normals(template.vertices, template.faces)[biceps.argmax()]
+    assert normal[2] > 0.5  # and in front
+    np.testing.assert_allclose(biceps @ x[:, 0], -(made.muscles[0, "R"] @ x[:, 0]), rtol=0.05)
+    head = x[:, 1] > x[:, 1].max() - 0.15
+    assert made.soft[head].max() < 0.01 < 0.5 < made.soft.max() <= 1
+    still, moved = next(plain.blocks(2)), next(made.blocks(2))  # jiggle_on_toes
+    distance = 1000 * np.linalg.norm(moved - still, axis=-1)
+    assert distance[:, head].mean() < distance[:, made.soft > 0.5].mean()
+    assert 1 < distance.max() < 60
 
 
 def test_wrong_strengths_are_named(tmp_path):

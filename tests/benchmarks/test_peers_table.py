@@ -5,7 +5,9 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.peers import __main__ as peers
+from benchmarks.peers import data, tune
 from benchmarks.peers.networks import MLP, TokenMixer
+from benchmarks.peers.rows import append_row, read_rows
 from benchmarks.peers.surface import edge_error, normal_angle, roughness
 from pyg_attnpool import MeshHierarchy
 from tests.mesh.meshes import blob
@@ -13,6 +15,8 @@ from tests.mesh.meshes import blob
 
 class Meshes:
     r"""What the runner takes of a data set."""
+
+    subject = None
 
     def __init__(self):
         self.template = blob(4, seed=0)
@@ -29,23 +33,45 @@ class Meshes:
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     meshes = Meshes()
-    monkeypatch.setattr(peers, "SETS", {"blobs": lambda root: meshes})
+    for module in (peers, tune, data):
+        monkeypatch.setattr(module, "SETS", {"blobs": lambda root: meshes})
+    monkeypatch.setattr(tune, "GRID", (1e-3, 1e-2))
+    rates = tmp_path / "rates.csv"
+    for lr, val in ((1e-3, 7.0), (1e-2, 8.0)):
+        values = ("blobs", 3, "MLP", 2, 100, lr, val)
+        append_row(rates, tune.COLUMNS, dict(zip(tune.COLUMNS, values, strict=True)))
 
     def call(*more):
-        options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--output", str(tmp_path)]
-        peers.main([*options, "--root", str(tmp_path), "--peers", "PCA", "MLP", *more])
-        rows = peers._read(tmp_path / "peers.csv")
+        options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--root", str(tmp_path)]
+        options += ["--output", str(tmp_path), "--rates", str(rates)]
+        peers.main([*options, "--peers", "PCA", "MLP", *more])
+        rows = read_rows(tmp_path / "peers.csv", peers.COLUMNS)
         return rows, (tmp_path / "peers.md").read_text(encoding="utf-8"), capsys.readouterr().out
 
     return call
+
+
+def test_rates_are_looked_for_once(run, tmp_path, capsys):
+    folder = tmp_path / "found"
+    options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--root", str(tmp_path)]
+    options += ["--peers", "PCA", "MLP", "--output", str(folder), "--rates", "0.001", "0.01"]
+    tune.main(options)
+    rows = read_rows(folder / "rates.csv", tune.COLUMNS)
+    assert [(row["peer"], row["lr"]) for row in rows] == [("MLP", "0.001"), ("MLP", "0.01")]
+    best = min(rows, key=lambda row: float(row["val"]))
+    assert tune.best_rate(folder / "rates.csv", "blobs", 3, "MLP") == float(best["lr"])
+    capsys.readouterr()
+    tune.main(options)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
     rows, table, _ = run("--seeds", "0")
     assert [row["peer"] for row in rows] == ["PCA", "MLP"]
     assert [row["steps"] for row in rows] == ["0", "2"]
+    assert [float(row["lr"]) for row in rows] == [0, 1e-3]  # the better one on validation meshes
     # The closed form: components of 24 meshes, of which 3 are kept.
-    x = Meshes.read(peers.SETS["blobs"](None), torch.arange(40)).double().flatten(1)
+    x = Meshes.read(data.SETS["blobs"](None), torch.arange(40)).double().flatten(1)
     mean = x[:24].mean(dim=0)
     v = torch.linalg.svd(x[:24] - mean, full_matrices=False)[2][:3]
     away = x[32:] - mean
