@@ -16,8 +16,10 @@ export OMP_WAIT_POLICY ?= passive
 # ninja and cmake of the virtual environment, for packages that compile.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: setup demo test test-all lint docs clean
+.PHONY: setup-demo setup demo test test-all lint docs clean
 
+# What the demo needs comes within minutes; the rest, of which some compiles, for tests and tools.
+setup-demo: $(VENV)/.demo
 setup: $(VENV)/.complete
 
 # A comma that does not separate arguments.
@@ -26,33 +28,42 @@ setup: $(VENV)/.complete
 # $(call step,what,command,what to do if it fails)
 define step
 	@echo "== $(1)"
-	@$(2) || { echo "Set-up failed at: $(1). $(3) Then run 'make setup' again." >&2; exit 1; }
+	@$(2) || { echo "Set-up failed at: $(1). $(3) Then run the same again." >&2; exit 1; }
 endef
 INSTALL := $(RUN) -m pip install --progress-bar on
+# `make TORCH=` takes the newest.
+PINNED := torch$(if $(TORCH),==$(TORCH))
+CPU := $(if $(TORCH),$(PINNED)+cpu,torch)
 
-# openmesh needs a CMake of before 4 and a setuptools of before 81.
-$(VENV)/.complete: setup.py pyproject.toml Makefile $(SOURCES)
-	$(call step,1/5 virtual environment in $(VENV),\
+$(VENV)/.demo: setup.py pyproject.toml Makefile $(SOURCES)
+	$(call step,virtual environment in $(VENV),\
 	  $(PYTHON) -c 'import sys; assert sys.version_info[:2] >= (3$(,) 10)' \
 	  && $(PYTHON) -m venv --without-pip $(VENV) \
 	  && $(PYTHON) -m pip --python $(RUN) install --quiet pip,\
 	  Python 3.10 or newer with pip is needed; name another with PYTHON=....)
-	$(call step,2/5 torch $(TORCH),\
-	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) torch===$(TORCH); \
-	  else $(INSTALL) torch==$(TORCH)+cpu 2>/dev/null || $(INSTALL) torch==$(TORCH); fi,\
+	$(call step,torch $(TORCH),\
+	  if nvidia-smi -L >/dev/null 2>&1; then $(INSTALL) $(PINNED); \
+	  else $(INSTALL) $(CPU) 2>/dev/null || $(INSTALL) $(PINNED); fi,\
 	  Check the network and free disk space.)
-	$(call step,3/5 build helpers,\
+	$(call step,pyg_attnpool and what the demo needs,\
+	  $(INSTALL) -e ".[train$(,)data$(,)viz$(,)cli]",\
+	  Check the network.)
+	@touch $@
+
+# openmesh needs a CMake of before 4 and a setuptools of before 81.
+$(VENV)/.complete: $(VENV)/.demo
+	$(call step,build helpers,\
 	  $(INSTALL) "setuptools>=77$(,)<81" wheel setuptools_scm vcs_versioning "cmake<4" ninja numpy,\
 	  Check the network.)
-	$(call step,4/5 torch_scatter torch_sparse openmesh (without wheels they compile: some 15 minutes),\
+	$(call step,torch_scatter torch_sparse openmesh (without wheels they compile: some 15 minutes),\
 	  $(INSTALL) --no-build-isolation torch_scatter torch_sparse openmesh,\
 	  A C++ compiler and the headers of Python are needed.)
-	$(call step,5/5 pyg_attnpool with its extras,\
+	$(call step,all extras,\
 	  $(INSTALL) --no-build-isolation -e ".[sparse$(,)mesh$(,)train$(,)data$(,)viz$(,)cli$(,)export$(,)tgp$(,)hub$(,)dev]",\
 	  Check the network.)
 	@touch $@
 
-demo: setup
+demo: setup-demo
 	$(RUN) examples/coma.py --output runs/demo --resume
 
 test: setup

@@ -1,6 +1,7 @@
 r"""Builds the compiled operations; everything else stands in :obj:`pyproject.toml`."""
 
 import copy
+import os
 import platform
 import sys
 from pathlib import Path
@@ -27,7 +28,12 @@ sources, headers = (
 
 class BuildApart(build_ext):
     r"""Keeps the objects of each instruction set in a folder of their own: all come from the same
-    sources, and where builds run side by side, one would link the objects of another."""
+    sources, and where builds run side by side, as they do here, one would link the objects of
+    another."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.parallel = self.parallel or os.cpu_count()
 
     def build_extension(self, ext: Extension) -> None:
         command = copy.copy(self)
