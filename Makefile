@@ -66,11 +66,14 @@ $(VENV)/.complete: $(VENV)/.demo
 demo: setup-demo
 	$(RUN) examples/coma.py --output runs/demo --resume
 
+# A process for each core, with one thread each.
+TEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadscope
+
 test: setup
-	$(RUN) -m pytest -m "not slow" --cov=pyg_attnpool --cov-report=term
+	$(TEST) -m "not slow" --cov=pyg_attnpool --cov-report=term
 
 test-all: setup
-	$(RUN) -m pytest
+	$(TEST)
 
 lint: setup
 	$(RUN) -m ruff check .
@@ -78,6 +81,7 @@ lint: setup
 	$(RUN) -m mypy
 
 docs: setup
+	$(INSTALL) --quiet --no-build-isolation -e ".[docs]"
 	$(RUN) -m sphinx -W -q -b html docs docs/build
 
 clean:

@@ -108,6 +108,12 @@ def error_quantiles(
 
     Raises:
         ValueError: If a share is not from 0 to 1.
+
+    Example:
+        >>> from pyg_attnpool.metrics import error_quantiles
+        >>> median, worst = error_quantiles(model, meshes, [0.5, 1.0])
+        >>> median <= worst
+        True
     """
     if not all(0 <= share <= 1 for share in q):
         raise ValueError(f"Expected quantiles from 0 to 1 (got {list(q)})")

@@ -465,7 +465,14 @@ def test_every_command_has_an_example_that_it_takes(command, capsys, monkeypatch
 
 
 def started(code, **kwargs):
-    return subprocess.Popen([sys.executable, *code], stderr=subprocess.PIPE, text=True, **kwargs)
+    # A job in the background ignores Ctrl-C, and so would its children.
+    heard = {} if os.name == "nt" else {"preexec_fn": hear_ctrl_c}
+    command = [sys.executable, *code]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **heard, **kwargs)
+
+
+def hear_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_help_needs_no_torch():

@@ -31,6 +31,7 @@ def test_links_between_pages_lead_somewhere(page):
     text = (DOCS / page).read_text()
     links = re.findall(r"\]\(([^)#:]+?\.md)\)", text)
     toc = re.findall(r"```\{toctree\}.*?\n\n(.*?)```", text, re.DOTALL)
-    for link in [*links, *(name for block in toc for name in block.split())]:
+    named = [name for block in toc for name in block.split() if name[0] != ":" and "*" not in name]
+    for link in [*links, *named]:
         at = (DOCS / page).parent / link
         assert any(at.with_suffix(end).exists() for end in (".md", ".rst")), link

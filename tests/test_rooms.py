@@ -36,6 +36,8 @@ FORWARD = {
     ("models.morphable", room)
     for room in ("export", "fitting", "latent", "metrics", "training", "visualize")
 }
+# The version, which a report tells.
+FORWARD.add(("visualize.report", "__init__"))
 
 
 def test_every_room_has_its_place():

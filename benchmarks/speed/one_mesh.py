@@ -123,7 +123,7 @@ def main(
         hierarchy = MeshHierarchy.from_template(blob(size))
         for name in models:
             model = frozen(name, hierarchy, seed)
-            if compiled_encoder(model) is None or compiled_decoder(model) is None:
+            if compiled_decoder(model) is None:
                 raise RuntimeError(f"Expected {name} to be compiled (got layers one by one)")
             network = model.autoencoder
             z = torch.randn(batch_size, model.latent_channels)
@@ -139,6 +139,8 @@ def main(
                 "decode": (lambda z=z, m=model: m.decode(z), decode, decoder_plan, z),
                 "encode": (lambda x=x, m=model: m.encode(x), encode, encoder_plan, x),
             }
+            if compiled_encoder(model) is None:  # the modal network's searches
+                del ways["encode"]
             for way, (call, by_layers, plan, example) in ways.items():
                 expected = by_layers()
                 spread = expected.std()

@@ -37,6 +37,15 @@ def repair_files(
         FileNotFoundError: If there is no such file or folder.
         ValueError: If a file cannot be read, the meshes are of other faces than the first, or the
             folder to write to holds anything.
+
+    Example:
+        >>> from pyg_attnpool.datasets import repair_files
+        >>> from pyg_attnpool.mesh import write_mesh
+        >>> for i, mesh in enumerate(meshes[:3]):
+        ...     write_mesh(f"raw/{i}.ply", mesh.numpy(), template[1])
+        >>> repaired, count = repair_files("raw", "whole")
+        >>> any(repaired.changes.values()), count  # they were whole
+        (False, 3)
     """
     path, output = Path(path).expanduser(), Path(output).expanduser()
     if not path.is_dir():

@@ -65,6 +65,10 @@ def write_report(
     Raises:
         ImportError: If matplotlib is missing.
         ValueError: If there are no models, their templates differ, or meshes do not fit.
+
+    Example:
+        >>> from pyg_attnpool.visualize import write_report
+        >>> write_report("report.html", {"PCA": model}, meshes[16:], title="Blobs")
     """
     path = Path(path)
     meshes = as_meshes(meshes)
@@ -117,6 +121,12 @@ def find_models(run: str | Path) -> dict[str, Path]:
 
     Raises:
         ValueError: If there is no model.
+
+    Example:
+        >>> from pyg_attnpool.visualize import find_models
+        >>> model.save("runs/pca/model")
+        >>> find_models("runs")
+        {'pca': PosixPath('runs/pca')}
     """
     run = Path(run)
     folders = [run, *sorted(run.iterdir())] if run.is_dir() else []
