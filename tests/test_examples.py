@@ -59,6 +59,7 @@ def test_coma_on_meshes_of_your_own(tmp_path):
     assert (output / "results.csv").read_bytes() == results
 
 
+@pytest.mark.slow
 def test_neural3dmm_with_the_other_poolings(tmp_path):
     pools = ["variant", "average", "full"]
     args = ["--epochs", 1, "--hops", 2, "--dilation", 2, 2, 1, 1, "--pool", *pools]

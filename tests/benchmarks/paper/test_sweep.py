@@ -138,6 +138,7 @@ def by_key(path):
     return sorted(untimed(path), key=lambda row: row["key"])
 
 
+@pytest.mark.slow
 def test_side_by_side_is_as_one_by_one(options):
     aside = replace(options, output=options.output.with_name("aside"), jobs=2)
     for o in (options, aside):

@@ -20,6 +20,7 @@ def test_references_of_the_product_agree():
         assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_ops(tmp_path, floor, one_thread):
     ops.main(("60:15",), "cpu", threads=1, repeat=1, seed=1, output=tmp_path)
     rows = json.loads((tmp_path / "ops.json").read_text())["rows"]
