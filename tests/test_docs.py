@@ -10,7 +10,12 @@ import torch
 from tests.mesh.meshes import icosphere
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md"))
+MADE = {"build", "results"}  # by `make docs`
+PAGES = sorted(
+    path.relative_to(DOCS).as_posix()
+    for path in DOCS.rglob("*.md")
+    if MADE.isdisjoint(path.relative_to(DOCS).parts)
+)
 RUN = [page for page in PAGES if "```python" in (DOCS / page).read_text() and page != "index.md"]
 
 
