@@ -196,7 +196,9 @@ def _orientation(faces: ndarray) -> tuple[ndarray, ndarray]:
     order = np.lexsort((differ, np.minimum(a, b) * n + np.maximum(a, b)))
     _, first = np.unique((np.minimum(a, b) * n + np.maximum(a, b))[order], return_index=True)
     one = order[first]
-    graph = coo_array((1.0 + differ[one], (a[one], b[one])), shape=(n, n))
+    # Earlier versions of SciPy take no long indices.
+    ends = a[one].astype(np.int32), b[one].astype(np.int32)
+    graph = coo_array((1.0 + differ[one], ends), shape=(n, n))
     tree = minimum_spanning_tree(graph.tocsr()).tocoo()
     # A face and its back are two nodes: what the tree connects to the front of a face faces as it.
     i, j, back = tree.row.astype(np.int64), tree.col.astype(np.int64), tree.data > 1.5
