@@ -393,13 +393,8 @@ def modal(
             :class:`~pyg_attnpool.models.modal.ModalConfig`.
 
     Example:
-        >>> import numpy as np
-        >>> grid = np.stack(np.meshgrid(range(6), range(6), [0.0]), axis=-1).reshape(-1, 3)
-        >>> corner = np.arange(30).reshape(5, 6)[:, :5].ravel()
-        >>> faces = np.concatenate([np.stack([corner, corner + 1, corner + 6], axis=1),
-        ...                         np.stack([corner + 1, corner + 7, corner + 6], axis=1)])
-        >>> hierarchy = MeshHierarchy.from_template((grid, faces), factors=[4])
+        >>> from pyg_attnpool.models import modal
         >>> modal(hierarchy, latent_channels=2, modes=6)
-        ModalAutoencoder(num_vertices=36, latent_channels=2, modes=6, level=1)
+        ModalAutoencoder(num_vertices=642, latent_channels=2, modes=6, level=1)
     """
     return ModalAutoencoder(hierarchy, pool=pool, latent_channels=latent_channels, **kwargs)

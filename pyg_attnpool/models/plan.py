@@ -139,10 +139,6 @@ def decoder_plan(model: MorphableModel) -> list[Step]:
         ValueError: If the decoder holds a layer that has no step; the message names it.
 
     Example:
-        >>> import torch
-        >>> from pyg_attnpool.models import MorphableModel
-        >>> mesh = torch.rand(4, 3).numpy(), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
-        >>> model = MorphableModel.pca(mesh, latent_channels=2).fit(torch.randn(20, 4, 3))
         >>> [type(step).__name__ for step in decoder_plan(model)]
         ['Linear', 'Affine']
     """
@@ -154,16 +150,14 @@ def encoder_plan(model: MorphableModel) -> list[Step]:
     r"""The steps from meshes in metres to latent codes, which are the features of one vertex.
 
     Args:
-        model (MorphableModel): As in :func:`decoder_plan`.
+        model (MorphableModel): As in :func:`decoder_plan`, but for a
+            :class:`~pyg_attnpool.models.ModalAutoencoder`, which searches for its codes.
 
     Raises:
-        ValueError: If the encoder holds a layer that has no step; the message names it.
+        ValueError: If the encoder searches, or holds a layer that has no step; the message names
+            it.
 
     Example:
-        >>> import torch
-        >>> from pyg_attnpool.models import MorphableModel
-        >>> mesh = torch.rand(4, 3).numpy(), np.array([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
-        >>> model = MorphableModel.pca(mesh, latent_channels=2).fit(torch.randn(20, 4, 3))
         >>> [type(step).__name__ for step in encoder_plan(model)]
         ['Standardize', 'Linear']
     """

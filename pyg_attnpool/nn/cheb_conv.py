@@ -7,7 +7,8 @@ from torch_geometric.nn.dense.linear import Linear
 from torch_geometric.nn.inits import zeros
 from torch_geometric.utils import coalesce, degree, remove_self_loops
 
-from pyg_attnpool.nn.base import VertexLayer, check_weight, has_version, weight_of
+from pyg_attnpool.nn.base import VertexLayer, check_weight, weight_of
+from pyg_attnpool.ops.backend import has_version
 from pyg_attnpool.ops.cheb import cheb_conv
 from pyg_attnpool.ops.sparse import transpose
 
