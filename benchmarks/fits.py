@@ -12,7 +12,7 @@ validation meshes: its own error is most of it.
 
 A finished case is a line of :obj:`fits.csv` in the folder of results, on the disk before the next
 one begins. A call into the same folder goes on where the last one ended, and writes the table
-:obj:`fits.md` of all that it asks for.
+:obj:`fits.md` of all that is there of the same sizes.
 """
 
 import os
@@ -118,7 +118,9 @@ def main(options: Options):
                 row = measured(model, key["case"], test, noise, seed, options)
                 append_row(path, COLUMNS, {**key, **row})
                 print(", ".join(key.values()), f"{row['mean']} mm, {row['seconds']} s", flush=True)
-    rows = [row for row in read_rows(path, COLUMNS) if {k: row[k] for k in KEYS} in keys.values()]
+    # Those of other seeds too.
+    sizes = {name: str(getattr(options, name)) for name in ("latent", "steps", "meshes", "scans")}
+    rows = [row for row in read_rows(path, COLUMNS) if sizes.items() <= row.items()]
     print(written(rows, options))
 
 
@@ -256,8 +258,9 @@ def scan(
 def written(rows: list[dict[str, str]], options: Options) -> str:
     r"""Writes the table, means over seeds, and returns it."""
     tables = {}
-    for data in options.data:
-        tables[f"{data}, mean error in mm"] = table = []
+    for data in dict.fromkeys(row["data"] for row in rows):
+        seeds = sorted({row["seed"] for row in rows if row["data"] == data}, key=int)
+        tables[f"{data}, mean error in mm, seeds {' '.join(seeds)}"] = table = []
         for case in CASES:
             line = {"observed": case}
             for pool, name in POOLS.items():
@@ -273,7 +276,6 @@ def written(rows: list[dict[str, str]], options: Options) -> str:
                     line[name] += f" ({converged} of {fits} converged)"
             table.append(line)
     about = report.machine("cpu") | {
-        "seeds": " ".join(map(str, options.seeds)),
         "latent": options.latent,
         "steps": options.steps,
         "meshes": options.meshes,
