@@ -1,7 +1,10 @@
 r"""Figures 4 and 14: where models err, as colour on meshes of the test part."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
@@ -44,12 +47,27 @@ def draw(
             plot_mesh(ax, made[name][i], faces, error[i], norm)
             mean = f"{error[i].mean():.2f} mm"
             ax.text(0.5, -0.02, mean, transform=ax.transAxes, ha="center", va="top", fontsize=9)
+    _same_size([ax for ax in axes.flat if ax.images])
     for ax, title in zip(axes[0], ["truth", *models], strict=True):
         ax.set_title(title, fontsize=10)
     label = "distance of a vertex to where it should be (mm)"
     figure.colorbar(
-        ScalarMappable(norm, "viridis"), ax=axes, label=label, extend="max", shrink=0.6, pad=0.01
+        ScalarMappable(norm, "viridis"),
+        ax=axes,
+        label=label,
+        extend="max",
+        shrink=min(0.6, 2 / lines),
+        pad=0.01,
     )
+
+
+def _same_size(axes: Sequence[Axes]) -> None:
+    # One scale for all meshes, each in the middle of its axes.
+    sizes = np.array([[np.ptp(ax.get_xlim()), np.ptp(ax.get_ylim())] for ax in axes])
+    width, height = sizes.max(axis=0) / 2
+    for ax in axes:
+        x, y = np.mean(ax.get_xlim()), np.mean(ax.get_ylim())
+        ax.set(xlim=(x - width, x + width), ylim=(y - height, y + height))
 
 
 PICTURES = (
