@@ -267,6 +267,9 @@ def written(rows: list[dict[str, str]], options: Options) -> str:
                 of_cell = [
                     r for r in rows if (r["data"], r["case"], r["model"]) == (data, case, pool)
                 ]
+                if not of_cell:
+                    line[name] = None
+                    continue
                 error = np.array([float(r["mean"]) for r in of_cell])
                 line[name] = f"{error.mean():.3f}"
                 if len(error) > 1:
