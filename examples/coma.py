@@ -27,7 +27,7 @@ import torch
 import tyro
 
 from pyg_attnpool import MeshHierarchy, MorphableModel
-from pyg_attnpool.datasets import AnnyFaces, RegisteredMeshes, looks_unaligned
+from pyg_attnpool.datasets import AnnyFaces, RegisteredMeshes, looks_unaligned, record_dataset
 from pyg_attnpool.files import replacing
 from pyg_attnpool.training import quiet_lightning
 from pyg_attnpool.visualize import plot_reconstructions, write_report
@@ -77,11 +77,12 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
     quiet_lightning()
     output = Path("runs") / name if options.output is None else options.output
     if options.data is None:
-        dataset = AnnyFaces(Path("data") / "AnnyFaces", frames=options.frames)
+        known = {"root": Path("data") / "AnnyFaces", "frames": options.frames}
+        dataset = AnnyFaces(**known)
     else:
-        dataset = RegisteredMeshes(
-            options.data, options.template, options.unit, align=options.align
-        )
+        known = {"root": options.data, "template": options.template}
+        known |= {"unit": options.unit, "align": options.align}
+        dataset = RegisteredMeshes(**known)
     split = dataset.split("interpolation")
     train, val, test = (dataset.vertices[part] for part in split)
     print(f"{dataset}: {len(train)} training, {len(val)} validation and {len(test)} test meshes")
@@ -116,6 +117,7 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
             freeze=True,  # attention becomes a fixed mapping, the model as small as its QEM twin
         ).cpu()
         model.save(output / pool / "model")
+        record_dataset(output / pool, type(dataset).__name__, **known)  # for `pyg-attnpool report`
         sizes = {"trained": trained, "shipped": model.num_parameters}
         rows.append({"model": pool, **sizes, **model.evaluate(test)})
         with torch.no_grad():

@@ -10,6 +10,7 @@ few vertices.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -22,9 +23,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from pyg_attnpool.datasets.align import rotations
+from pyg_attnpool.datasets.cache import progress_bar
 from pyg_attnpool.latent import as_codes, latent_axes
 from pyg_attnpool.mapping import Mapping
-from pyg_attnpool.mesh import read_mesh
+from pyg_attnpool.mesh import read_scan
 from pyg_attnpool.mesh.closest import closest_points
 from pyg_attnpool.mesh.normals import vertex_normals
 from pyg_attnpool.metrics import evaluating
@@ -106,7 +108,10 @@ def fit_to(
     3. a point cloud, :obj:`Data(pos=points)`, with unit normals in :obj:`norm` where they are known
 
     4. a scan of any topology, :obj:`Data(pos=vertices, face=face)`, a tuple of vertices
-    :obj:`[P, 3]` and faces :obj:`[F, 3]`, or a mesh file in the unit of the model
+    :obj:`[P, 3]` and faces :obj:`[F, 3]`
+
+    5. a file of a scan or a point cloud in the unit of the model, as
+    :func:`~pyg_attnpool.mesh.read_scan` takes
 
     Points of a scan meet the closest points of the model, and vertices of the model those of the
     scan, anew in every step. Pairs that lie far apart for the present state, face away from each
@@ -342,8 +347,8 @@ def _landmarks(model: MorphableModel, landmarks: Any) -> _Points:
 def _scan(model: MorphableModel, scan: Any, motion: MotionKind) -> _Scan:
     normals = None
     if isinstance(scan, str | Path):
-        mesh = read_mesh(scan)
-        scan = metres(model.unit) * mesh[0], mesh[1]
+        found, face, normals = read_scan(scan)
+        scan = metres(model.unit) * found, face
     if isinstance(scan, Data):
         if scan.pos is None:
             raise ValueError("Expected the points 'pos' of a scan (got none)")
@@ -692,7 +697,7 @@ def _fit_scan(
     # The pose of the mean shape first: else the shape makes up for the pose.
     rigid = RIGID_STEPS if marks is None and motion != "none" else 0
     reach, converged = np.inf, False
-    for i in range(rigid + max_iterations):
+    for i in _steps(rigid + max_iterations):
         moved, jacobian, centre = _linearised(decoder(state.w), state, FREEDOM[motion])
         pairs = matching.pairs(_array(moved[0]))
         # Some two standard deviations, told by the median. The reach never grows again.
@@ -724,6 +729,14 @@ def _fit_scan(
         torch.from_numpy(1000 * distance).to(mesh),
         torch.tensor(converged and explained, device=mesh.device),
     )
+
+
+def _steps(number: int) -> Iterator[int]:
+    # The numbers of steps that may end early, with a bar once they take long.
+    with progress_bar("Fitting (steps at most)", number, leave=False) as bar:
+        for i in range(number):
+            yield i
+            bar.update()
 
 
 class _Pairs(NamedTuple):

@@ -16,7 +16,7 @@ import torch
 from scipy.spatial import Delaunay, procrustes
 
 from pyg_attnpool import MorphableModel
-from pyg_attnpool.datasets import RegisteredMeshes
+from pyg_attnpool.datasets import RegisteredMeshes, cache
 from pyg_attnpool.mesh import read_mesh, write_mesh
 from pyg_attnpool.models.plan import run_plan
 from pyg_attnpool.training import load_checkpoint
@@ -203,6 +203,34 @@ def test_fit_registers_scans_of_other_topology(linear, tmp_path, capsys):
     assert (tmp_path / "out" / "a.ply").stat().st_mtime_ns == before
 
 
+def test_fit_registers_point_clouds(linear, tmp_path, capsys):
+    truth = turned(stretched([95.0, 104, 100]))
+    order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))
+    points = truth[order].numpy()
+    folder = tmp_path / "clouds"
+    folder.mkdir()
+    np.save(folder / "a.npy", points)
+    np.savetxt(folder / "b.xyz", points)
+    header = "".join(f"property double {axis}\n" for axis in "xyz")
+    header = f"ply\nformat ascii 1.0\nelement vertex {len(points)}\n{header}end_header\n"
+    (folder / "c.ply").write_text(header + (folder / "b.xyz").read_text())
+    assert main(["fit", str(linear), str(folder), "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert [record["converged"] for record in json.loads(capsys.readouterr().out)] == [True] * 3
+    for name in "abc":
+        found = read(tmp_path / "out" / f"{name}.ply")
+        assert (found - truth).norm(dim=1).mean() < 0.5  # mm
+
+
+def test_fit_of_one_scan_shows_how_long_it_takes(linear, tmp_path, monkeypatch, capsys):
+    write(tmp_path / "scan.ply", turned(stretched([95.0, 104, 100])))
+    command = ["fit", str(linear), str(tmp_path / "scan.ply"), "-o", str(tmp_path / "out.ply")]
+    # As a scan would that takes two seconds.
+    bar, now = cache.tqdm, {"delay": 0, "mininterval": 0}
+    monkeypatch.setattr(cache, "tqdm", lambda **kwargs: bar(**{**kwargs, **now}))
+    assert main(command) == 0
+    assert re.search(r"steps at most.* \d+/60 \[\d\d:\d\d<\d\d:\d\d", capsys.readouterr().err)
+
+
 def used(vertices, faces):
     kept, faces = torch.unique(faces, return_inverse=True)
     return vertices[kept].numpy(), faces.numpy()
@@ -371,6 +399,7 @@ SHAPE = ["{scans}/0.ply", "{scans}/1.ply", "{scans}/2.ply"]
         (["fit", "{linear}", "plane.ply", "-o", "f.ply"], "the model explains"),
         (["fit", "{run}", "empty", "-o", "f"], "empty"),
         (["fit", "{run}", "nowhere.ply", "-o", "f.ply"], "nowhere.ply"),
+        (["fit", "{run}", "colours.xyz", "-o", "f.ply"], "unit normal"),
         (["fit", "{run}", "other/a.ply", "-o", "other/a.ply"], "another file"),
         (["fit", "{run}", "other", "-o", "other"], "another folder"),
         (["fit", "{run}", "other/a.ply", "-o", "f.ply", "--noise", "-1"], "noise"),
@@ -393,12 +422,13 @@ def test_mistakes_are_one_line(command, line, run, linear, scans, tmp_path, monk
     (tmp_path / "short.json").write_text("[0.5, 1]")
     (tmp_path / "bad.json").write_text("[0.5, ")
     (tmp_path / "list.json").write_text("[0.5, 1]")
+    (tmp_path / "colours.xyz").write_text("0 1 2 255 255 255\n" * 4)
     later(run / "model", tmp_path / "later")
     later(run / "model", tmp_path / "laters" / "a" / "model")
     shutil.copytree(run / "model", tmp_path / "unknown" / "model")
     before = sorted(tmp_path.rglob("*"))
     assert main([part.format(run=run, linear=linear, scans=scans) for part in command]) == 1
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err.split("\r")[-1]  # after a bar, where it took long
     assert error.startswith("pyg-attnpool: ") and line in error
     assert "Traceback" not in error and sorted(tmp_path.rglob("*")) == before
 

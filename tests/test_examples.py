@@ -1,4 +1,5 @@
 import csv
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def test_coma_on_meshes_of_your_own(tmp_path):
         model = MorphableModel.load(output / name / "model")
         assert model.evaluate(test)["mean"] == pytest.approx(float(row["mean"]), rel=1e-4)
         assert model.unit == "mm"
+
+    # The folder of the run knows its meshes.
+    report = ["report", str(output), "-o", str(tmp_path / "report.html"), "--no-open"]
+    assert importlib.import_module("pyg_attnpool.cli").main(report) == 0
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "7 test meshes" in text and f"<td>{float(rows['pca']['mean']):.3f}</td>" in text
 
     # A second run with --resume finds everything done.
     results = (output / "results.csv").read_bytes()

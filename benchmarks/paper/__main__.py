@@ -5,11 +5,18 @@ from functools import partial
 
 import tyro
 
-from benchmarks.paper import sharpening
+from benchmarks.paper import error_maps, mappings, receptive_fields, sharpening
+from benchmarks.paper.pictures import PictureOptions
 from benchmarks.paper.registry import EXPERIMENTS
 from benchmarks.paper.sweep import sweep
 
-COMMANDS = {e.name: (e.about, e.options, partial(sweep, e)) for e in EXPERIMENTS}
+PICTURES = {
+    picture.name: (picture.about, PictureOptions, picture.main)
+    for picture in (*error_maps.PICTURES, *mappings.PICTURES)
+}
+PICTURES["figure6"] = (receptive_fields.ABOUT, PictureOptions, receptive_fields.main)
+PICTURES = {name: PICTURES[name] for name in sorted(PICTURES, key=lambda name: int(name[6:]))}
+COMMANDS = {e.name: (e.about, e.options, partial(sweep, e)) for e in EXPERIMENTS} | PICTURES
 COMMANDS["sharpening"] = (sharpening.ABOUT, sharpening.SharpeningOptions, sharpening.main)
 
 PROGRAM = "python -m benchmarks.paper"
@@ -19,6 +26,7 @@ EXAMPLES = f"""\
     {PROGRAM} table1 --data coma --scale full   # your copy of COMA, as published
     {PROGRAM} table1 --data my/scans --unit mm  # your own registered meshes
     {PROGRAM} figure3 --jobs 2 --resume         # two at a time; goes on
+    {PROGRAM} figure4 --data faces bodies       # a picture for each
 """
 
 

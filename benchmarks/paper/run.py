@@ -3,7 +3,7 @@ r"""One training: its settings, how it is done, and what it measures."""
 import hashlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -75,6 +75,47 @@ class Run:
         return model.freeze() if fixed else model
 
 
+def fitted(
+    run: Run,
+    model: MorphableModel,
+    parts: Sequence[Any],
+    folder: Path | None,
+    device: str,
+    resume: bool = False,
+    callbacks: Sequence[Any] = (),
+) -> MorphableModel:
+    r"""Trains the model of a run. Attention is a fixed mapping then, and the model as small as its
+    QEM twin.
+
+    Args:
+        run (Run): The settings.
+        model (MorphableModel): The model as it starts.
+        parts (list): Training and validation meshes, and others.
+        folder (Path, optional): Where it keeps what it needs to go on.
+        device (str): cpu or cuda.
+        resume (bool, optional): If set to :obj:`True`, it goes on where it was cut off.
+            (default: :obj:`False`)
+        callbacks (list, optional): Callbacks of Lightning. (default: :obj:`()`)
+    """
+    train, val, *_ = parts
+    epochs = int(run["epochs"])
+    if epochs == 0:
+        return model.fit(train)
+    return model.fit(
+        train,
+        val,
+        output=folder,
+        optimizer=run["optimizer"],
+        epochs=epochs,
+        batch_size=BATCH_SIZE,
+        seed=run.seed,
+        accelerator=device,
+        resume=resume,
+        callbacks=callbacks,
+        freeze=True,
+    )
+
+
 def train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) -> dict[str, Any]:
     r"""Trains a model and tests it.
 
@@ -89,26 +130,12 @@ def train(run: Run, meshes: Meshes, folder: Path, device: str, resume: bool) -> 
         The values of :obj:`MEASURED`.
     """
     start = time.perf_counter()
-    train, val, test = meshes.split(**json.loads(run["split"]))
+    parts = meshes.split(**json.loads(run["split"]))
+    train, _, test = parts
     model = run.model(meshes)
     trained = model.num_parameters
     epochs = int(run["epochs"])
-    if epochs == 0:
-        model.fit(train)
-    else:
-        # At its end attention is a fixed mapping, and the model as small as its QEM twin.
-        model.fit(
-            train,
-            val,
-            output=folder,
-            optimizer=run["optimizer"],
-            epochs=epochs,
-            batch_size=BATCH_SIZE,
-            seed=run.seed,
-            accelerator=device,
-            resume=resume,
-            freeze=True,
-        )
+    fitted(run, model, parts, folder, device, resume)
     model.to(device)
     quantiles = error_quantiles(model, test, np.linspace(0, 1, 101).tolist())
     about = machine(device)

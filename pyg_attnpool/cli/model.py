@@ -17,7 +17,6 @@ from pyg_attnpool.cli.shared import (
     read_meshes,
     read_meshes_of,
     read_model,
-    record_training_meshes,
 )
 
 SHOWN = ("mean", "std", "median")
@@ -69,7 +68,7 @@ def train(
     import torch
 
     from pyg_attnpool import MorphableModel
-    from pyg_attnpool.datasets import looks_unaligned
+    from pyg_attnpool.datasets import looks_unaligned, record_dataset
 
     if steps < 1 or batch_size < 1:
         raise ValueError(f"Expected positive steps and batch size (got {steps} and {batch_size})")
@@ -105,7 +104,8 @@ def train(
     fitted.summary["test error (mm)"] = {name: float(f"{errors[name]:.4g}") for name in SHOWN}
     fitted.summary[ALIGNED] = align
     fitted.save(output / "model")
-    record_training_meshes(output, data, template, unit, align)
+    where = {"root": data, "template": template, "unit": unit, "align": align}
+    record_dataset(output, "RegisteredMeshes", **where)
     print(_table({model: errors}))
     if model != "pca":
         linear = MorphableModel.pca(meshes.template, latent, unit).fit(meshes[split.train])

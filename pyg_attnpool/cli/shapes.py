@@ -122,8 +122,8 @@ def fit(
     resume: bool = False,
     json: bool = False,
 ) -> int:
-    """Registers scans of any topology: finds the mesh of the model that fits each, with the
-    vertices and faces of the template, where the scan is.
+    """Registers scans of any topology, and point clouds: finds the mesh of the model that fits
+    each, with the vertices and faces of the template, where the scan is.
 
     A scan that the model does not come to explain is named, nothing is written for it, and the exit
     code is 1.
@@ -131,7 +131,9 @@ def fit(
     Example: pyg-attnpool fit faces/ scan.ply -o registered.ply
 
     Args:
-        scan: Mesh file in the unit of the model's files, or a folder of them.
+        scan: File of a mesh or of points in the unit of the model's files, or a folder of them.
+            Points are a .ply, .obj or .off file without faces; an .xyz file, x y z in a line, or
+            x y z and a unit normal; or an .npy array [P, 3] or [P, 6] of the same.
         output: The mesh file to write; of a folder of scans a folder, where each has its name.
         landmarks: A .json file of positions by vertex of the template, as in {"17": [0, 1.5, 3]},
             in the unit of the files; of a folder of scans a folder, where each has its name.
@@ -145,9 +147,9 @@ def fit(
     """
     found = read_model(model)
     records = []
-    for source, target, marks in progress(
-        _jobs(scan, output, landmarks, resume), f"Fitting {scan.name}"
-    ):
+    jobs = _jobs(scan, output, landmarks, resume)
+    # The fit of a single scan has a bar of its own.
+    for source, target, marks in progress(jobs, f"Fitting {scan.name}") if scan.is_dir() else jobs:
         try:
             known = None if marks is None else _landmarks(found, marks)
             fitted = found.fit_to(source, landmarks=known, motion=motion, noise=noise / 1000)
@@ -288,6 +290,7 @@ def _jobs(
 ) -> list[tuple[Path, Path, Path | None]]:
     # Every scan with the mesh that it becomes and its landmarks.
     from pyg_attnpool.datasets.sources import mesh_names
+    from pyg_attnpool.mesh.io import CLOUDS, SUFFIXES
 
     if not scan.is_dir():
         if output.resolve() == scan.resolve():
@@ -297,7 +300,7 @@ def _jobs(
         raise ValueError(f"Expected a folder of landmarks of a folder of scans (got {landmarks})")
     if output.resolve() == scan.resolve():
         raise ValueError(f"Expected another folder than that of the scans (got {output})")
-    names = [Path(name) for name in mesh_names(scan)]
+    names = [Path(name) for name in mesh_names(scan, (*SUFFIXES, *CLOUDS))]
     jobs = [
         (
             scan / name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pyg_attnpool import MorphableModel
-    from pyg_attnpool.datasets import RegisteredMeshes
+    from pyg_attnpool.datasets import MeshDataset, RegisteredMeshes
 
 Folder = Annotated[Positional[Path], arg(metavar="MODEL", help="Folder of a model or of its run.")]
 Output = Annotated[Path, arg(aliases=["-o"])]
@@ -22,7 +22,6 @@ MaybeOutput = Annotated[Path | None, arg(aliases=["-o"])]
 Unit = Literal["m", "cm", "mm"]
 
 ALIGNED = "aligned"  # in the summary of a model: its meshes were turned and moved onto the template
-RECORD = "data.json"  # in the folder of a run: the meshes that it was trained on
 T = TypeVar("T")
 
 
@@ -44,40 +43,21 @@ def read_meshes_of(model: MorphableModel, data: Path) -> RegisteredMeshes:
     return read_meshes(data, _template(model), model.unit, model.summary.get(ALIGNED, False))
 
 
-def record_training_meshes(
-    run: Path, data: Path, template: Path | None, unit: Unit, align: bool
-) -> None:
-    r"""Says in the folder of a run which meshes it is of, for :func:`read_training_meshes`."""
-    from pyg_attnpool.files import write_bytes
-
-    known = {
-        "data": str(data.resolve()),
-        "template": None if template is None else str(template.resolve()),
-        "unit": unit,
-        "align": align,
-    }
-    write_bytes(run / RECORD, (as_json(known) + "\n").encode())
-
-
-def read_training_meshes(runs: Iterable[Path]) -> RegisteredMeshes:
+def read_training_meshes(runs: Collection[Path]) -> MeshDataset:
     r"""The meshes that runs were trained on, which must be the same for all."""
-    found = []
-    for run in runs:
-        path = run / RECORD
+    from pyg_attnpool.datasets import recorded_dataset
+    from pyg_attnpool.datasets.recorded import RECORD
+
+    paths = [run / RECORD for run in runs]
+    for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
                 f"Expected --data, the test meshes (got none, and no {path} that names those of "
                 f"the training)"
             )
-        known = read_json(path)
-        if not isinstance(known, dict) or set(known) != {"data", "template", "unit", "align"}:
-            raise ValueError(f"Expected the data of a training in {path} (got something else)")
-        found.append(known)
-    if any(known != found[0] for known in found):
+    if any(path.read_bytes() != paths[0].read_bytes() for path in paths):
         raise ValueError("Expected --data, as the models were trained on different meshes")
-    (known, *_) = found
-    template = None if known["template"] is None else Path(known["template"])
-    return read_meshes(Path(known["data"]), template, known["unit"], known["align"])
+    return recorded_dataset(paths[0].parent)
 
 
 def read_shape(model: MorphableModel, path: Path) -> Tensor:

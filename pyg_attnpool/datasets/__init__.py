@@ -6,6 +6,7 @@ from pyg_attnpool.datasets.anny.hands import AnnyHands
 from pyg_attnpool.datasets.coma import CoMA
 from pyg_attnpool.datasets.dynamic_faust import DynamicFAUST
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
+from pyg_attnpool.datasets.recorded import record_dataset, recorded_dataset
 from pyg_attnpool.datasets.registered_meshes import RegisteredMeshes
 from pyg_attnpool.datasets.repair import repair_files
 from pyg_attnpool.datasets.splits import Split
@@ -25,5 +26,7 @@ __all__ = [
     "SynHand",
     "align",
     "looks_unaligned",
+    "record_dataset",
+    "recorded_dataset",
     "repair_files",
 ]

@@ -178,10 +178,17 @@ def mapped_array(path: Path) -> ndarray:
         return np.ndarray(array.shape, array.dtype, pages, array.offset, array.strides)
 
 
-def progress_bar(description: str, total: int | None = None) -> tqdm:
+def progress_bar(description: str, total: int | None = None, leave: bool = True) -> tqdm:
     r"""The progress of work that may take long: a bar that is shown after two seconds. There is
-    none where a program has no stream for errors."""
-    return tqdm(desc=description, total=total, delay=2, disable=sys.stderr is None)
+    none where a program has no stream for errors.
+
+    Args:
+        description (str): The text before the bar.
+        total (int, optional): The number of its steps. (default: :obj:`None`)
+        leave (bool, optional): If set to :obj:`False`, the bar goes when the work is done.
+            (default: :obj:`True`)
+    """
+    return tqdm(desc=description, total=total, delay=2, leave=leave, disable=sys.stderr is None)
 
 
 @contextmanager

@@ -246,9 +246,13 @@ class MeshArray(MeshSource):
         return repr((self.scale, file_hash(self.path)))
 
 
-def mesh_names(folder: Path) -> list[str]:
+def mesh_names(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:
     r"""The mesh files of a folder and the folders within, but for hidden and temporary ones. Sorted
     by folders, then names: what a file system lists first must not decide a split.
+
+    Args:
+        folder (Path): The folder.
+        suffixes (tuple, optional): How names of files end that count. (default: those of meshes)
 
     Raises:
         ValueError: If there are none.
@@ -257,7 +261,7 @@ def mesh_names(folder: Path) -> list[str]:
         f.relative_to(folder).parts
         for f in folder.rglob("*")
         # A link that leads nowhere is a mesh that is missing, which its reader will say.
-        if f.suffix.lower() in SUFFIXES and (f.is_file() or (f.is_symlink() and not f.is_dir()))
+        if f.suffix.lower() in suffixes and (f.is_file() or (f.is_symlink() and not f.is_dir()))
     ]
     files = [
         parts
@@ -266,7 +270,7 @@ def mesh_names(folder: Path) -> list[str]:
         and not Path(parts[-1]).stem.lower().endswith(TEMPORARY)
     ]
     if not files:
-        raise ValueError(f"Expected mesh files ending in one of {SUFFIXES} in {folder} (got none)")
+        raise ValueError(f"Expected mesh files ending in one of {suffixes} in {folder} (got none)")
     return ["/".join(parts) for parts in sorted(files)]
 
 

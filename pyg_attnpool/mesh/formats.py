@@ -1,8 +1,9 @@
 r"""OBJ, PLY, OFF and STL files: bytes to arrays and back, every byte accounted for.
 
-Every :obj:`read_*` returns vertices :obj:`[N, 3]` (float64), the corners of all polygons one after
-another, and how many corners each has. It raises a :class:`ValueError` that names the place for
-whatever it cannot account for, and asks for no memory before it knows that the file can fill it.
+The reader of each returns vertices :obj:`[N, 3]` (float64), the corners of all polygons one after
+another, and how many corners each has; a file of points alone has no polygons. It raises a
+:class:`ValueError` that names the place for whatever it cannot account for, and asks for no memory
+before it knows that the file can fill it.
 """
 
 import re
@@ -150,9 +151,11 @@ def read_ply(path: Path) -> Polygons:
     if len(axes) < 3:
         raise ValueError(f"vertices of {list(vertex)}, without x, y and z")
     lists = [face[name] for name in PLY_CORNERS if isinstance(face.get(name), tuple)]
-    if len(lists) != 1:
-        raise ValueError(f"no faces, or faces of {list(face)} without one list of vertices")
-    return _polygons(np.stack([axis.astype(np.float64) for axis in axes], axis=1), *lists[0])
+    if len(lists) != 1 and face:
+        raise ValueError(f"faces of {list(face)} without one list of vertices")
+    corners, counts = lists[0] if lists else (np.empty(0, np.int64),) * 2
+    vertices = np.stack([axis.astype(np.float64) for axis in axes], axis=1)
+    return _polygons(vertices, corners, counts)
 
 
 def read_ply_elements(path: Path) -> dict[str, dict[str, Any]]:
@@ -187,6 +190,15 @@ def read_ply_elements(path: Path) -> dict[str, dict[str, Any]]:
         out[element.name] = _text_rows(rows[: element.num_rows], element)
         rows = rows[element.num_rows :]
     return out
+
+
+def read_xyz(path: Path) -> ndarray:
+    r"""Reads the numbers :obj:`[P, C]` of a file of text with a point in every line."""
+    rows = [_floats(tokens, line) for line, tokens in _rows(path.read_bytes())]
+    for i, row in enumerate(rows):
+        if len(row) != len(rows[0]):
+            raise ValueError(f"{len(row)} numbers at point {i}, not {len(rows[0])}")
+    return np.array(rows, dtype=np.float64)
 
 
 def obj_bytes(vertices: ndarray, faces: ndarray) -> bytes:
@@ -467,18 +479,17 @@ def _ints(tokens: list[bytes], line: int) -> list[int]:
 
 
 def _polygons(vertices: Any, corners: Any, counts: Any) -> Polygons:
-    # What every file must hold: finite coordinates, and polygons of three of its vertices or more.
+    # What every file must hold: finite coordinates, and polygons, if any, of three of its vertices
+    # or more.
     vertices = np.asarray(vertices, dtype=np.float64).reshape(-1, 3)
     broken = np.flatnonzero(~np.isfinite(vertices).all(axis=1))
     if len(broken) > 0:
         raise ValueError(f"{vertices[broken[0]].tolist()} at vertex {broken[0]}")
     counts = np.asarray(counts, dtype=np.int64)
-    if len(counts) == 0:
-        raise ValueError("no faces, and a mesh has at least one face")
-    if counts.min() < 3:
+    if len(counts) > 0 and counts.min() < 3:
         face = int(counts.argmin())
         raise ValueError(f"{counts[face]} corners at face {face}")
-    corners = np.asarray(corners)
+    corners = np.asarray(corners, dtype=None if len(counts) else np.int64)
     if corners.dtype.kind not in "iu":
         raise ValueError(f"vertices of faces as {corners.dtype}")
     outside = np.flatnonzero((corners < 0) | (corners >= len(vertices)))

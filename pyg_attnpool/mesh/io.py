@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.files import write_bytes
+from pyg_attnpool.files import damage_named, write_bytes
 from pyg_attnpool.mesh.formats import (
     obj_bytes,
     off_bytes,
@@ -16,11 +16,14 @@ from pyg_attnpool.mesh.formats import (
     read_ply,
     read_ply_elements,
     read_stl,
+    read_xyz,
     stl_bytes,
 )
 
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl}
 SUFFIXES = tuple(READERS)
+CLOUDS = (".xyz", ".npy")  # of point clouds alone
+UNIT = 1e-2  # how far from one the length of a unit vector may be
 REPAIR = "; pyg_attnpool.mesh.repair mends it, and takes registered meshes along"
 ROUNDING = 1e-5  # of the size of a mesh, which single precision may move a vertex by
 FEATURES = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}  # of PLY files
@@ -61,7 +64,70 @@ def read_mesh(path: str | Path) -> tuple[ndarray, ndarray]:
     path = _mesh_file(path)
     with _named(path):
         vertices, corners, counts = READERS[path.suffix.lower()](path)
+        if len(counts) == 0:
+            raise ValueError("no faces, and a mesh has at least one face")
     return vertices, _fans(corners, counts)
+
+
+def read_scan(path: str | Path) -> tuple[ndarray, ndarray | None, ndarray | None]:
+    r"""Reads a triangle mesh as :meth:`read_mesh` does, or a point cloud: a mesh file that has
+    vertices alone, with normals where a PLY file has them; an XYZ file with a point in every line;
+    or an array in an NPY file. Of these two, points have three numbers, or six of which the last
+    three are a unit normal.
+
+    Args:
+        path (str or Path): An OBJ, PLY, OFF, STL, XYZ or NPY file.
+
+    Returns:
+        Points :obj:`[P, 3]` (float64, in the unit of the file), and faces :obj:`[F, 3]` (int64)
+        and unit normals :obj:`[P, 3]` of the points, or :obj:`None` where the file has none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: As of :meth:`read_mesh` but for missing faces; or if there are no points, or
+            numbers beside their coordinates that are no unit normal.
+
+    Example:
+        >>> from pyg_attnpool.mesh import read_scan
+        >>> np.save("cloud.npy", meshes[0].numpy())
+        >>> points, faces, normals = read_scan("cloud.npy")
+        >>> points.shape, faces, normals
+        ((642, 3), None, None)
+    """
+    path = _mesh_file(path, (*SUFFIXES, *CLOUDS))
+    if path.suffix.lower() in CLOUDS:
+        with _named(path):
+            return _cloud(read_xyz(path) if path.suffix.lower() == ".xyz" else _array(path))
+    with _named(path):
+        points, corners, counts = READERS[path.suffix.lower()](path)
+        if len(counts) > 0:
+            return points, _fans(corners, counts), None
+        known = read_features(path) if path.suffix.lower() == ".ply" else {}
+        return _cloud(np.concatenate([points, known.get("normal", points[:, :0])], axis=1))
+
+
+def _cloud(rows: ndarray) -> tuple[ndarray, None, ndarray | None]:
+    if rows.ndim != 2 or len(rows) == 0 or rows.shape[1] not in (3, 6):
+        raise ValueError(f"points of shape {list(rows.shape)}, not [P, 3] or with normals [P, 6]")
+    broken = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(broken) > 0:
+        raise ValueError(f"{rows[broken[0]].tolist()} at point {broken[0]}")
+    points, normals = rows[:, :3], rows[:, 3:]
+    if normals.size == 0:
+        return points, None, None
+    length = np.linalg.norm(normals, axis=1, keepdims=True)
+    other = np.flatnonzero(np.abs(length - 1) > UNIT)
+    if len(other) > 0:
+        raise ValueError(f"{normals[other[0]].tolist()} for the unit normal of point {other[0]}")
+    return points, None, normals / length
+
+
+def _array(path: Path) -> ndarray:
+    with damage_named(path, "an array"), open(path, "rb") as file:
+        array = np.load(file, allow_pickle=False)
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{getattr(array, 'dtype', 'several arrays')}, not numbers")
+    return array.astype(np.float64)
 
 
 def read_features(path: str | Path) -> dict[str, ndarray]:
@@ -320,14 +386,14 @@ def _check_manifold(faces: ndarray, num_vertices: int) -> None:
         )
 
 
-def _check_suffix(path: Path) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"Expected a file name ending in one of {SUFFIXES} (got {path.name})")
+def _check_suffix(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> None:
+    if path.suffix.lower() not in suffixes:
+        raise ValueError(f"Expected a file name ending in one of {suffixes} (got {path.name})")
 
 
-def _mesh_file(path: str | Path) -> Path:
+def _mesh_file(path: str | Path, suffixes: tuple[str, ...] = SUFFIXES) -> Path:
     path = Path(path)
-    _check_suffix(path)
+    _check_suffix(path, suffixes)
     if path.is_dir():
         raise ValueError(f"Expected a mesh file at {path} (got a folder)")
     if not path.is_file():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pyg_attnpool.mesh import check_mesh, read_mesh, write_mesh
+from pyg_attnpool.mesh import check_mesh, read_mesh, read_scan, write_mesh
 from tests.mesh.meshes import blob, icosphere
 
 SUFFIXES = ["obj", "ply", "off", "stl"]
@@ -156,3 +156,100 @@ def test_bad_types():
     vertices[1, 2] = np.inf
     with pytest.raises(ValueError, match="at vertex 1"):
         check_mesh(vertices, np.array([[0, 1, 2]]))
+
+
+PLY = """ply
+format ascii 1.0
+element vertex 3
+property float x
+property float y
+property float z
+{more}end_header
+"""
+CLOUD = [[0.0, 1.5, -2.0], [3.0, 0.25, 1.0], [1.0, 2.0, 0.5]]
+NORMALS = [[0.0, 0.0, 1.0], [0.0, -1.0, 0.0], [0.6, 0.8, 0.0]]
+
+
+def lines(rows, start=""):
+    return "".join(f"{start}{' '.join(map(str, row))}\n" for row in rows)
+
+
+BOTH = lines([p + n for p, n in zip(CLOUD, NORMALS, strict=True)])
+DIRECTION = "".join(f"property float n{axis}\n" for axis in "xyz")
+FILES = {
+    "a.ply": (PLY.format(more="") + lines(CLOUD), False),
+    "b.ply": (PLY.format(more=DIRECTION) + BOTH, True),
+    "c.ply": (
+        PLY.format(more="element face 0\nproperty list uchar int vertex_indices\n") + lines(CLOUD),
+        False,
+    ),
+    "d.obj": (lines(CLOUD, "v "), False),
+    "e.off": ("OFF\n3 0 0\n" + lines(CLOUD), False),
+    "f.xyz": ("# a remark\n" + lines(CLOUD), False),
+    "g.XYZ": (BOTH, True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_points_alone_are_clouds(tmp_path, name):
+    text, oriented = FILES[name]
+    path = write(tmp_path / name, text)
+    points, faces, normals = read_scan(path)
+    np.testing.assert_array_equal(points, CLOUD)
+    assert faces is None and (normals is not None) == oriented
+    if oriented:
+        np.testing.assert_allclose(normals, NORMALS, atol=1e-7)
+    with pytest.raises(ValueError, match=rf"{name}.*no faces|ending in one of .*{name}"):
+        read_mesh(path)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int16])
+def test_arrays_are_clouds(tmp_path, kind):
+    x = np.concatenate([2 * np.array(CLOUD), NORMALS], axis=1).astype(kind)
+    np.save(tmp_path / "a.npy", x[:, :3])
+    points, faces, normals = read_scan(tmp_path / "a.npy")
+    np.testing.assert_array_equal(points, x[:, :3].astype(np.float64))
+    assert points.dtype == np.float64 and faces is None and normals is None
+    if kind is not np.int16:
+        np.save(tmp_path / "b.npy", x)
+        np.testing.assert_allclose(read_scan(tmp_path / "b.npy")[2], NORMALS, atol=1e-7)
+
+
+def test_a_scan_with_faces_is_a_mesh(tmp_path):
+    vertices, faces = blob(2, seed=0, hole=True)
+    for suffix in ("obj", "ply", "off"):
+        write_mesh(tmp_path / f"mesh.{suffix}", vertices, faces)
+        found = read_scan(tmp_path / f"mesh.{suffix}")
+        np.testing.assert_array_equal(found[0], vertices)
+        np.testing.assert_array_equal(found[1], faces)
+        assert found[2] is None
+
+
+BAD_CLOUDS = {
+    "a.xyz": ("1 2 3\n1 2\n", "2 numbers at point 1"),
+    "b.xyz": ("1 2 3\n1 two 3\n", "line 2"),
+    "c.xyz": ("", "no points|shape"),
+    "d.xyz": ("1 2 3 255 0 0\n", "unit normal of point 0"),
+    "e.xyz": ("1 2 nan\n", "point 0"),
+    "f.xyz": ("1 2\n", "shape"),
+    "g.npy": ("not an array", "g.npy"),
+    "h.obj": ("v 1 2 3\nf 1 1\n", "corners"),
+    "i.ply": (PLY.format(more="") + lines(CLOUD[:2]), "lines"),
+    "j.txt": ("1 2 3\n", "ending in"),
+    "k.npy": (np.zeros((4, 2)), "shape"),
+    "l.npy": (np.array(["a", "b"]), "not numbers"),
+    "m.npy": (np.array([{}], dtype=object), "m.npy"),
+    "n.npy": (np.full((4, 3), np.inf), "point 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CLOUDS)
+def test_bad_cloud_is_named(tmp_path, name):
+    content, message = BAD_CLOUDS[name]
+    if isinstance(content, str):
+        write(tmp_path / name, content)
+    else:
+        np.save(tmp_path / name, content, allow_pickle=True)
+    with pytest.raises(ValueError, match=message) as error:
+        read_scan(tmp_path / name)
+    assert name in str(error.value)

@@ -5,7 +5,7 @@ import pytest
 for name in ("tyro", "pytorch_lightning", "matplotlib"):
     pytest.importorskip(name)
 
-from benchmarks.paper.__main__ import COMMANDS, main  # noqa: E402
+from benchmarks.paper.__main__ import COMMANDS, PICTURES, main  # noqa: E402
 from benchmarks.paper.registry import EXPERIMENTS  # noqa: E402
 from benchmarks.paper.sweep import sweep  # noqa: E402
 from pyg_attnpool.mesh import write_mesh  # noqa: E402
@@ -37,7 +37,7 @@ QUICK = ("table1", "figure10", "figure18_19")
 
 def test_every_table_is_tested():
     assert list(RUNS) == [e.name for e in EXPERIMENTS]
-    assert list(COMMANDS) == [*RUNS, "sharpening"]
+    assert list(COMMANDS) == [*RUNS, *PICTURES, "sharpening"]
 
 
 @pytest.mark.parametrize(
