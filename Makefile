@@ -79,6 +79,7 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
 
 docs: setup
 	$(INSTALL) --quiet --no-build-isolation -e ".[docs]"
