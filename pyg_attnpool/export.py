@@ -77,7 +77,7 @@ def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
     """
     model = _evaluating(model, example)
     program = _program(model, example, spmm=_bag)
-    program.example_inputs = None
+    program.example_inputs = ((example.new_zeros(0, *example.shape[1:]),), {})  # of no meshes
     with replacing(path) as temporary, _quiet():
         # PyTorch's own writer tells of a full disk by a RuntimeError.
         buffer = io.BytesIO()
@@ -187,9 +187,11 @@ def _program(
     # Zeros in place of the example, so that its values cannot reach a file; two of them, as
     # torch.export takes a batch of one for a constant.
     zeros = example.new_zeros(2, *example.shape[1:])
+    # Earlier PyTorch guards against the largest integer of all.
+    batch = torch.export.Dim("batch", min=1, max=2**31 - 1)
     with torch.no_grad(), _quiet():
         program = torch.export.export(
-            model, (zeros,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+            model, (zeros,), dynamic_shapes=({0: batch},)
         ).run_decompositions(decompositions(**operators))
     # What only a backward pass reads, such as transposed patterns, would be most of the file. The
     # rest is copied: a view, such as a row of an edge_index, drags all of its storage along.
@@ -282,6 +284,14 @@ def _compare(
 @contextmanager
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
-        # Torch's own use of itself.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+        # What PyTorch says of itself, by version.
+        for message in (
+            ".*LeafSpec",
+            "Attempted to insert a get_attr",
+            ".* does not reference an nn",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        warnings.filterwarnings(
+            "ignore", message="Additional .* warnings suppressed about get_attr"
+        )
         yield

@@ -188,6 +188,13 @@ def plain(arg: Any) -> bool:
     return not isinstance(arg, Tensor) or (type(arg) in _PLAIN and not arg.is_meta)
 
 
+def readable(*tensors: Tensor) -> bool:
+    r"""Whether an operation may look at the values of tensors: they have some, and nothing records
+    what it does with them."""
+    recorded = composing() or torch.compiler.is_compiling()
+    return not recorded and all(plain(tensor) for tensor in tensors)
+
+
 def has_version(tensor: Tensor) -> bool:
     r"""Whether a tensor is one of values, and no batch of buffers, as that of an ensemble."""
     return plain(tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(tensor)

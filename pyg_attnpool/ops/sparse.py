@@ -27,7 +27,7 @@ from pyg_attnpool.ops.backend import (
     on_cpu,
     on_gpu,
     operator,
-    plain,
+    readable,
     single,
 )
 from pyg_attnpool.ops.layout import on_rows
@@ -95,8 +95,8 @@ def scatter_product(
 
 
 def _check_pattern(rowptr: Tensor, col: Tensor, num_cols: int) -> None:
-    # PyTorch's own operations follow indices unchecked, but for those that `composing` allows.
-    if composing() or not (plain(rowptr) and plain(col)):
+    # PyTorch's own operations follow indices unchecked, but for those that are recorded.
+    if not readable(rowptr, col):
         return
     ascends = rowptr[0] == 0 and rowptr[-1] == col.numel() and (rowptr.diff() >= 0).all()
     if not ascends or (col.numel() > 0 and not 0 <= col.min() <= col.max() < num_cols):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import composing, on_cpu, operator, plain
+from pyg_attnpool.ops.backend import on_cpu, operator, readable
 from pyg_attnpool.ops.dense import checked, combine, correlate, prepared
 from pyg_attnpool.ops.sparse import spmm, transpose
 
@@ -73,7 +73,7 @@ def _spiral_conv(
 
 def _check_steps(index: Tensor, slot: Tensor) -> None:
     # What PyTorch's own operations do not notice. A GPU would have to be waited for.
-    if composing() or not (plain(index) and plain(slot) and index.is_cpu):
+    if not (readable(index, slot) and index.is_cpu):
         return
     if (index < -1).any() or (slot < 0).any() or (slot >= index.size(1)).any():
         raise ValueError(

@@ -13,6 +13,7 @@ from pyg_attnpool.ops.sparse import (
     spmm,
     transpose,
 )
+from tests.ops.checks import opcheck
 
 # name: (rowptr, col, number of columns)
 PATTERNS = {
@@ -149,11 +150,11 @@ def test_custom_operators_pass_opcheck(pattern, dtype, device):
     a = leaf(rowptr.numel() - 1, 3, device=device, dtype=dtype)
     ops = torch.ops.pyg_attnpool
     tolerance = TOLERANCE[dtype]
-    torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x), **tolerance)
+    opcheck(ops.spmm, (rowptr, col, None, value, x), **tolerance)
     transposed = transpose(rowptr, col, num_cols)
-    torch.library.opcheck(ops.spmm, (rowptr, col, None, value, x, *transposed), **tolerance)
-    torch.library.opcheck(ops.spmm_grads, (rowptr, col, value, a, x, *transposed), **tolerance)
-    torch.library.opcheck(ops.sddmm, (rowptr, col, a, x), **tolerance)
+    opcheck(ops.spmm, (rowptr, col, None, value, x, *transposed), **tolerance)
+    opcheck(ops.spmm_grads, (rowptr, col, value, a, x, *transposed), **tolerance)
+    opcheck(ops.sddmm, (rowptr, col, a, x), **tolerance)
 
 
 def test_transpose_passes_opcheck(pattern, device):

@@ -15,6 +15,16 @@ def test_orthogonalized_is_near_the_orthogonal_factor(shape):
     assert 0.6 < inner.diagonal().min() and inner.diagonal().max() < 1.3
 
 
+def test_orthogonalized_is_the_iteration_of_newton_and_schulz():
+    x = torch.randn(5, 40) @ torch.randn(40, 40)  # some directions are a hundred times others
+    expected = x.double() / x.double().norm()
+    for _ in range(5):
+        gram = expected @ expected.t()
+        expected = 3.4445 * expected + (-4.7750 * gram + 2.0315 * gram @ gram) @ expected
+    assert_close(orthogonalized(x).double(), expected, atol=1e-4, rtol=0)
+    assert_close(orthogonalized(x.t()).double(), expected.t(), atol=1e-4, rtol=0)
+
+
 def test_parameters_that_are_no_weights_of_layers_get_adam():
     layer = Linear(3, 2)
     reference = torch.nn.Parameter(layer.bias.detach().clone())
