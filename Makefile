@@ -79,9 +79,12 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(RUN) -m codespell_lib
 
+# With npm the pages bring what draws their formulas; without, readers fetch it.
 docs: setup
 	$(INSTALL) --quiet --no-build-isolation -e ".[docs]"
+	npm install --silent --no-save --prefix build/node mathjax@3.2.2 || true
 	$(RUN) -m sphinx -W -q -b html docs docs/build
 
 clean:

@@ -53,6 +53,10 @@ try:
     socket.create_connection(("docs.python.org", 443), timeout=3).close()
 except OSError:  # without a network the site has no links to these sites
     intersphinx_mapping = {}
+# One file, which draws formulas without a network.
+mathjax = ROOT / "build/node/node_modules/mathjax/es5/tex-svg.js"
+if mathjax.exists():
+    html_static_path, mathjax_path = [str(mathjax)], mathjax.name
 html_theme = "furo"
 html_title = f"pyg_attnpool {version}"
 copybutton_prompt_text = r">>> |\.\.\. |\$ "

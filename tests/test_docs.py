@@ -9,7 +9,9 @@ import torch
 
 from tests.mesh.meshes import icosphere
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+OTHERS = ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md", "benchmarks/README.md"]
 MADE = {"build", "results"}  # by `make docs`
 PAGES = sorted(
     path.relative_to(DOCS).as_posix()
@@ -17,6 +19,9 @@ PAGES = sorted(
     if MADE.isdisjoint(path.relative_to(DOCS).parts)
 )
 RUN = [page for page in PAGES if "```python" in (DOCS / page).read_text() and page != "index.md"]
+
+BLOCK = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#:\s]*)(#([^)\s]+))?\)")
 
 
 @pytest.mark.parametrize("page", RUN)
@@ -31,12 +36,21 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
         exec(block, names)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def anchors(path):
+    r"""The anchors of the headings of a page, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ (.*)$", BLOCK.sub("", path.read_text()), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", [*(f"docs/{page}" for page in PAGES), *OTHERS])
 def test_links_between_pages_lead_somewhere(page):
-    text = (DOCS / page).read_text()
-    links = re.findall(r"\]\(([^)#:]+?\.md)\)", text)
+    text, folder = (ROOT / page).read_text(), (ROOT / page).parent
+    for target, _, anchor in LINK.findall(BLOCK.sub("", text)):
+        path = folder / target if target else ROOT / page
+        # `make docs` copies the results.
+        at = Path(str(path).replace(str(DOCS / "results"), str(ROOT / "benchmarks/results")))
+        assert at.exists(), target
+        assert not anchor or anchor in anchors(at), f"{target}#{anchor}"
     toc = re.findall(r"```\{toctree\}.*?\n\n(.*?)```", text, re.DOTALL)
-    named = [name for block in toc for name in block.split() if name[0] != ":" and "*" not in name]
-    for link in [*links, *named]:
-        at = (DOCS / page).parent / link
-        assert any(at.with_suffix(end).exists() for end in (".md", ".rst")), link
+    for name in (name for block in toc for name in block.split() if not set(":*") & set(name)):
+        assert any((folder / f"{name}{end}").exists() for end in (".md", ".rst")), name

@@ -159,7 +159,7 @@ double turned(int64_t c, const T* from, const T* to) {
         square += (x - y) * (x - y), a += x * x, b += y * y;
     }
     const bool unit = std::abs(a - 1) < UNIT && std::abs(b - 1) < UNIT;
-    if (!unit || !(square < 1)) return M_PI;
+    if (!unit || !(square < 1)) return std::acos(-1.0);
     return 2 * std::asin(std::sqrt(square) / 2) * (1 + UNIT);
 }
 

@@ -374,7 +374,9 @@ def _check_manifold(faces: ndarray, num_vertices: int) -> None:
     _, inner, twin = np.intersect1d(halfedge, reverse, assume_unique=True, return_indices=True)
     # The corner at the start of a half-edge is at the end of its twin, the twin's next corner.
     following = twin - twin % 3 + (twin + 1) % 3
-    graph = coo_array((np.ones(len(inner)), (inner, following)), shape=(faces.size, faces.size))
+    # Earlier versions of SciPy take no long indices.
+    ends = inner.astype(np.int32), following.astype(np.int32)
+    graph = coo_array((np.ones(len(inner)), ends), shape=(faces.size, faces.size))
     num_fans, fan = connected_components(graph, directed=False)
     if num_fans > num_vertices:
         owner = np.zeros(num_fans, dtype=np.int64)

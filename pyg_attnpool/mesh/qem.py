@@ -422,7 +422,8 @@ def _components(faces: ndarray) -> ndarray:
 
     used, faces = np.unique(faces, return_inverse=True)
     faces = faces.reshape(-1, 3)
-    pairs = np.concatenate([faces[:, :2], faces[:, 1:]])
+    # Earlier versions of SciPy take no long indices.
+    pairs = np.concatenate([faces[:, :2], faces[:, 1:]]).astype(np.int32)
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(used), len(used)))
     return connected_components(graph, directed=False)[1][faces[:, 0]]
 

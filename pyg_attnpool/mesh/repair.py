@@ -265,6 +265,7 @@ def _connected(pairs: ndarray, size: int) -> ndarray:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = pairs.reshape(-1, 2)
+    # Earlier versions of SciPy take no long indices.
+    pairs = pairs.reshape(-1, 2).astype(np.int32)
     graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(size, size))
     return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -237,7 +237,9 @@ def _edge_lengths(vertices: ndarray, faces: ndarray) -> csr_array:
     length = np.linalg.norm(vertices[edge[:, 0]] - vertices[edge[:, 1]], axis=1)
     # An edge of no length would be no edge to the graph.
     length = np.maximum(length, np.finfo(float).tiny)
-    return coo_array((length, edge.T), shape=(len(vertices), len(vertices))).tocsr()
+    # Earlier versions of SciPy take no long indices.
+    ends = edge.T.astype(np.int32)
+    return coo_array((length, ends), shape=(len(vertices), len(vertices))).tocsr()
 
 
 def _starts(graph: csr_array, reference: ndarray) -> ndarray:

@@ -5,8 +5,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from scipy.sparse import identity
-from scipy.sparse.linalg import splu
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Sequential, SiLU
 
@@ -239,6 +237,9 @@ class ModalAutoencoder(Module):
     @torch.no_grad()
     def _least_squares(self, target: Tensor) -> Tensor:
         # What the aggregation carries closest to a target [N, F].
+        from scipy.sparse import identity
+        from scipy.sparse.linalg import splu
+
         up: Any = None
         layer: Any
         for layer in self.unpools:

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from numpy import ndarray
 from scipy.sparse import csr_array
-from scipy.special import expit
 from torch.nn import Module, Sequential, SiLU
 
 from pyg_attnpool.models.autoencoder import MeshAutoencoder
@@ -87,6 +86,8 @@ class Activation:
 
     def __call__(self, x: ndarray) -> ndarray:
         if self.function == "silu":
+            from scipy.special import expit  # takes long to import
+
             return x * expit(x)
         return np.maximum(x, 0) + (np.expm1(np.minimum(x, 0)) if self.function == "elu" else 0)
 

@@ -183,7 +183,9 @@ def _whole(path: Path) -> bool:
 def _best() -> ctypes.CDLL | None:
     names = {"AVX512": ("avx512", "avx2", "any"), "AVX2": ("avx2", "any")}
     for name in names.get(torch.backends.cpu.get_cpu_capability(), ("any",)):
-        for path in sorted(Path(__file__).parent.glob(f"_cpu_{name}.*")):
+        # Earlier set-ups wrote the version of Python into the name.
+        paths = Path(__file__).parent.glob(f"_cpu_{name}.*")
+        for path in sorted(paths, key=lambda path: (path.stem != f"_cpu_{name}", path)):
             library = open_library(path)
             if library is not None:
                 return library

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from pyg_attnpool.ops.search import Search, cosine_topk
 from tests.ops.builds import PACKAGE, RUNS, builds
 from tests.ops.forks import needs_fork, status_of_child
 
+# Beside the tests, since an installed package has libraries alone.
+SOURCES = Path(__file__).parents[2] / "pyg_attnpool/csrc"
 needs_library = pytest.mark.skipif(not _cpu.AVAILABLE, reason="the operations are not compiled")
 
 
@@ -112,8 +115,8 @@ def built():
     return path.read_bytes()
 
 
-def add(folder, content, name="any"):
-    path = folder / "pyg_attnpool" / "ops" / f"_cpu_{name}.cpython-311-x86_64-linux-gnu.so"
+def add(folder, content, name="any", ending=".so"):
+    path = folder / "pyg_attnpool" / "ops" / f"_cpu_{name}{ending}"
     path.write_bytes(content)
     return str(path)
 
@@ -155,6 +158,14 @@ def test_takes_the_best_that_runs(bare, built):
             assert take(bare, capability) == [True, paths[best]]
 
 
+def test_takes_builds_of_earlier_set_ups_after_its_own(bare, built):
+    # Those had the version of Python in their names.
+    older = add(bare, built, "any", ".cpython-311-x86_64-linux-gnu.so")
+    assert take(bare) == [True, older]
+    own = add(bare, built, "any")
+    assert take(bare) == [True, own]
+
+
 def test_a_build_of_another_version_is_not_taken(bare, built):
     add(bare, of_another_version(built), "avx512")
     assert take(bare) == [False, None]
@@ -182,7 +193,7 @@ def test_what_is_no_library_is_not_taken(bare):
 def declared():
     r"""The parameters of every function, as the sources declare them."""
     functions = {}
-    for path in sorted((PACKAGE / "csrc").glob("*.cpp")):
+    for path in sorted(SOURCES.glob("*.cpp")):
         source = path.read_text().replace("\\\n", "\n")
         for macro in re.findall(r"#define FUNCTIONS\(T\)(.*?)\n\n", source, re.DOTALL):
             for name, args in re.findall(r"int64_t (\w+)_##T\((.*?)\)\s*{", macro, re.DOTALL):
@@ -264,9 +275,7 @@ def test_arrays_of_another_kind_are_not_handed_over():
 
 
 def test_version_is_that_of_the_sources():
-    (version,) = re.findall(
-        r"void pyg_attnpool_(\d+)\(\)", (PACKAGE / "csrc/sparse.cpp").read_text()
-    )
+    (version,) = re.findall(r"void pyg_attnpool_(\d+)\(\)", (SOURCES / "sparse.cpp").read_text())
     assert int(version) == _cpu.VERSION
 
 
