@@ -25,7 +25,7 @@ if WINDOWS:
     v3, v4 = "x86_64_v3", "x86_64_v4"
 else:
     flags += ["-fPIC"] if MACOS else ["-fPIC", "-fopenmp"]
-    compiler = [path for path in map(shutil.which, ("c++", "g++", "clang++")) if path][:1]
+    compiler = [path for path in map(shutil.which, ("g++", "c++", "clang++")) if path][:1]
     v3, v4 = "x86-64-v3", "x86-64-v4"
 if machine == "x86_64":
     targets |= {"avx2": [f"-march={v3}"], "avx512": [f"-march={v4}"]}
@@ -45,8 +45,9 @@ sources, headers = (
 
 class BuildLibraries(build_ext):
     r"""Compiles libraries of plain C functions. They need nothing of Python, so one serves all
-    versions of it, and its file has no version in its name. They are not linked to an OpenMP
-    either: they find the one that PyTorch has loaded, and a process has no second."""
+    versions of it, and its file has no version in its name. What GCC builds is linked to no OpenMP
+    either: it finds the one that PyTorch has loaded, so that a process has one alone. Clang calls
+    another one."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -66,13 +67,14 @@ class BuildLibraries(build_ext):
         folder = Path(self.build_temp, ext.name)
         folder.mkdir(parents=True, exist_ok=True)
         library.parent.mkdir(parents=True, exist_ok=True)
-        options = [*ext.extra_compile_args, *from_environment("CXXFLAGS")]
+        options = [*from_environment("CXXFLAGS"), *ext.extra_compile_args]
         objects = {source: str(folder / f"{Path(source).stem}.o") for source in ext.sources}
         for source, compiled in objects.items():
             self.spawn([*command, *options, "-c", source, "-o", compiled])
         built = folder / library.name
         linked = [*objects.values(), *from_environment("LDFLAGS"), "-o", str(built)]
-        self.spawn([*command, "-shared", *linked])
+        own_openmp = "clang" in Path(command[0]).name and "-fopenmp" in options
+        self.spawn([*command, "-shared", *linked, *["-fopenmp"] * own_openmp])
         # Some linkers leave more files beside the library. A process that has loaded the older
         # library keeps it.
         library.unlink(missing_ok=True)

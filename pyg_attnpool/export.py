@@ -289,9 +289,7 @@ def _quiet() -> Iterator[None]:
             ".*LeafSpec",
             "Attempted to insert a get_attr",
             ".* does not reference an nn",
+            "Additional .* warnings suppressed about get_attr",
         ):
             warnings.filterwarnings("ignore", message=message)
-        warnings.filterwarnings(
-            "ignore", message="Additional .* warnings suppressed about get_attr"
-        )
         yield

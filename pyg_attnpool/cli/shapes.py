@@ -301,6 +301,13 @@ def _jobs(
     if output.resolve() == scan.resolve():
         raise ValueError(f"Expected another folder than that of the scans (got {output})")
     names = [Path(name) for name in mesh_names(scan, (*SUFFIXES, *CLOUDS))]
+    # Numbers beside a mesh of the same name are its own, and no scan.
+    meshes = {name.with_suffix("") for name in names if name.suffix.lower() in SUFFIXES}
+    names = [
+        name
+        for name in names
+        if name.suffix.lower() in SUFFIXES or name.with_suffix("") not in meshes
+    ]
     jobs = [
         (
             scan / name,

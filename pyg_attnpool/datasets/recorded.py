@@ -1,5 +1,6 @@
 r"""The data set of a training, told in the folder of its run."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def record_dataset(folder: str | Path, dataset: str, **arguments: Any) -> None:
             was.
         dataset (str): The name of the class: :obj:`"AnnyBodies"`, :obj:`"AnnyFaces"`,
             :obj:`"AnnyHands"` or :obj:`"RegisteredMeshes"`.
-        **arguments (optional): Its arguments that are no default: paths, numbers and strings.
+        **arguments (optional): Its arguments that are no default, of kinds that JSON knows.
 
     Raises:
         ValueError: If the name is another one.
@@ -50,7 +51,7 @@ def recorded_dataset(folder: str | Path) -> MeshDataset:
     r"""The data set that :func:`record_dataset` has told.
 
     Raises:
-        FileNotFoundError: If the folder does not tell it, or the meshes are gone.
+        FileNotFoundError: If the folder does not tell it, or the files of its meshes are gone.
         ValueError: If what it tells is something else.
 
     Example:
@@ -68,6 +69,7 @@ def recorded_dataset(folder: str | Path) -> MeshDataset:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         kind, arguments = KNOWN[told["dataset"]], dict(told["arguments"])
+        inspect.signature(kind).bind(**arguments)
     except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"Expected the meshes of a training in {path} (got something else)") from e
     return kind(**arguments)

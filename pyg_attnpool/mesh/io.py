@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy import ndarray
 
-from pyg_attnpool.files import damage_named, write_bytes
+from pyg_attnpool.files import write_bytes
 from pyg_attnpool.mesh.formats import (
     obj_bytes,
     off_bytes,
@@ -19,11 +19,12 @@ from pyg_attnpool.mesh.formats import (
     read_xyz,
     stl_bytes,
 )
+from pyg_attnpool.mesh.graph import components
 
 READERS = {".obj": read_obj, ".ply": read_ply, ".off": read_off, ".stl": read_stl}
 SUFFIXES = tuple(READERS)
 CLOUDS = (".xyz", ".npy")  # of point clouds alone
-UNIT = 1e-2  # how far from one the length of a unit vector may be
+UNIT_LENGTH = 1e-2  # how far from one the length of a unit normal may be
 REPAIR = "; pyg_attnpool.mesh.repair mends it, and takes registered meshes along"
 ROUNDING = 1e-5  # of the size of a mesh, which single precision may move a vertex by
 FEATURES = {"color": ("red", "green", "blue"), "normal": ("nx", "ny", "nz")}  # of PLY files
@@ -102,8 +103,14 @@ def read_scan(path: str | Path) -> tuple[ndarray, ndarray | None, ndarray | None
         points, corners, counts = READERS[path.suffix.lower()](path)
         if len(counts) > 0:
             return points, _fans(corners, counts), None
-        known = read_features(path) if path.suffix.lower() == ".ply" else {}
-        return _cloud(np.concatenate([points, known.get("normal", points[:, :0])], axis=1))
+        normals = read_features(path).get("normal") if path.suffix.lower() == ".ply" else None
+        points = _cloud(points)[0]
+        if normals is None:
+            return points, None, None
+        # A file that names its normals may have them of any length, or have left them empty.
+        length = np.linalg.norm(normals.astype(np.float64), axis=1, keepdims=True)
+        known = np.isfinite(length).all() and (length > 0).all()
+        return points, None, normals / length if known else None
 
 
 def _cloud(rows: ndarray) -> tuple[ndarray, None, ndarray | None]:
@@ -116,18 +123,21 @@ def _cloud(rows: ndarray) -> tuple[ndarray, None, ndarray | None]:
     if normals.size == 0:
         return points, None, None
     length = np.linalg.norm(normals, axis=1, keepdims=True)
-    other = np.flatnonzero(np.abs(length - 1) > UNIT)
+    other = np.flatnonzero(np.abs(length - 1) > UNIT_LENGTH)
     if len(other) > 0:
         raise ValueError(f"{normals[other[0]].tolist()} for the unit normal of point {other[0]}")
     return points, None, normals / length
 
 
 def _array(path: Path) -> ndarray:
-    with damage_named(path, "an array"), open(path, "rb") as file:
-        array = np.load(file, allow_pickle=False)
+    # The header tells the size before any memory is asked for; objects are refused there, too.
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (EOFError, OverflowError, SyntaxError, OSError) as e:
+        raise ValueError(f"no array: {e}") from e
     if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiu":
         raise ValueError(f"{getattr(array, 'dtype', 'several arrays')}, not numbers")
-    return array.astype(np.float64)
+    return np.array(array, dtype=np.float64)
 
 
 def read_features(path: str | Path) -> dict[str, ndarray]:
@@ -367,17 +377,12 @@ def _check_manifold(faces: ndarray, num_vertices: int) -> None:
         )
     # Around a vertex, every face leads from one neighbour to the next. On a manifold that is one
     # cycle or one path: as many fans as there are components among the corners of the vertex.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     halfedge, reverse = source * num_vertices + target, target * num_vertices + source
     _, inner, twin = np.intersect1d(halfedge, reverse, assume_unique=True, return_indices=True)
     # The corner at the start of a half-edge is at the end of its twin, the twin's next corner.
     following = twin - twin % 3 + (twin + 1) % 3
-    # Earlier versions of SciPy take no long indices.
-    ends = inner.astype(np.int32), following.astype(np.int32)
-    graph = coo_array((np.ones(len(inner)), ends), shape=(faces.size, faces.size))
-    num_fans, fan = connected_components(graph, directed=False)
+    fan = components(np.stack([inner, following], axis=1), faces.size)
+    num_fans = int(fan.max()) + 1
     if num_fans > num_vertices:
         owner = np.zeros(num_fans, dtype=np.int64)
         owner[fan] = source

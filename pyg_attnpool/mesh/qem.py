@@ -10,6 +10,7 @@ import numpy as np
 from numpy import ndarray
 
 from pyg_attnpool.mesh.closest import closest_on_triangles, closest_points
+from pyg_attnpool.mesh.graph import components
 from pyg_attnpool.mesh.io import check_mesh, edges
 
 BOUNDARY = 1.0  # weight of the planes that hold the boundary
@@ -417,15 +418,9 @@ class _Groups:
 
 def _components(faces: ndarray) -> ndarray:
     # The component of every face, from 0 without gaps.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     used, faces = np.unique(faces, return_inverse=True)
     faces = faces.reshape(-1, 3)
-    # Earlier versions of SciPy take no long indices.
-    pairs = np.concatenate([faces[:, :2], faces[:, 1:]]).astype(np.int32)
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(len(used), len(used)))
-    return connected_components(graph, directed=False)[1][faces[:, 0]]
+    return components(np.concatenate([faces[:, :2], faces[:, 1:]]), len(used))[faces[:, 0]]
 
 
 def _normals(points: ndarray, faces: ndarray) -> ndarray:

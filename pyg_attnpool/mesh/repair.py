@@ -9,6 +9,7 @@ import numpy as np
 from numpy import ndarray
 from torch import Tensor
 
+from pyg_attnpool.mesh.graph import components, graph_of
 from pyg_attnpool.mesh.io import check_arrays, check_mesh
 
 Array = TypeVar("Array", ndarray, Tensor)
@@ -163,7 +164,7 @@ def _stitched(vertices: ndarray, faces: ndarray, merge: float) -> ndarray:
         place = place.reshape(-1)
     else:
         near = cKDTree(vertices[finite]).query_pairs(merge, output_type="ndarray")
-        place = _connected(np.flatnonzero(finite)[near], len(vertices))
+        place = components(np.flatnonzero(finite)[near], len(vertices))
     # Half-edges by the places that they connect: at a seam there are two, of other vertices.
     edge = np.stack([faces.ravel(), np.roll(faces, -1, axis=1).ravel()], axis=1)
     edge = edge[place[edge[:, 0]] != place[edge[:, 1]]]
@@ -173,7 +174,7 @@ def _stitched(vertices: ndarray, faces: ndarray, merge: float) -> ndarray:
     seam = np.concatenate(
         [np.stack([edge[first, end], edge[second, end]], axis=1) for end in (0, 1)]
     )
-    group = _connected(seam, len(vertices))
+    group = components(seam, len(vertices))
     _, lowest = np.unique(group, return_index=True)
     return lowest[group][faces]
 
@@ -181,7 +182,6 @@ def _stitched(vertices: ndarray, faces: ndarray, merge: float) -> ndarray:
 def _orientation(faces: ndarray) -> tuple[ndarray, ndarray]:
     # Which faces turn, and the pairs of half-edges [P, 2] across which faces agree then. A tree
     # through every component says how its faces turn, along edges that agree as far as possible.
-    from scipy.sparse import coo_array
     from scipy.sparse.csgraph import minimum_spanning_tree
 
     source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
@@ -196,17 +196,15 @@ def _orientation(faces: ndarray) -> tuple[ndarray, ndarray]:
     order = np.lexsort((differ, np.minimum(a, b) * n + np.maximum(a, b)))
     _, first = np.unique((np.minimum(a, b) * n + np.maximum(a, b))[order], return_index=True)
     one = order[first]
-    # Earlier versions of SciPy take no long indices.
-    ends = a[one].astype(np.int32), b[one].astype(np.int32)
-    graph = coo_array((1.0 + differ[one], ends), shape=(n, n))
-    tree = minimum_spanning_tree(graph.tocsr()).tocoo()
+    edges = graph_of(np.stack([a[one], b[one]], axis=1), n, 1.0 + differ[one])
+    tree = minimum_spanning_tree(edges).tocoo()
     # A face and its back are two nodes: what the tree connects to the front of a face faces as it.
     i, j, back = tree.row.astype(np.int64), tree.col.astype(np.int64), tree.data > 1.5
     sides = np.concatenate(
         [np.stack([i, j + n * back], axis=1), np.stack([i + n, j + n * ~back], axis=1)]
     )
-    side = _connected(sides, 2 * n)
-    component = _connected(np.stack([i, j], axis=1), n)
+    side = components(sides, 2 * n)
+    component = components(np.stack([i, j], axis=1), n)
     _, root = np.unique(component, return_index=True)
     turn = side[:n] != side[root[component]]
     mostly = 2 * np.bincount(component, turn) > np.bincount(component)
@@ -224,7 +222,7 @@ def _cut(faces: ndarray, pairs: ndarray) -> tuple[ndarray, ndarray]:
             np.stack([behind[:, 0], pairs[:, 1]], axis=1),
         ]
     )
-    label = _connected(corner, faces.size)
+    label = components(corner, faces.size)
     _, first = np.unique(label, return_index=True)
     vertex = np.full(len(first), faces.max())
     np.minimum.at(vertex, label, faces.ravel())
@@ -241,7 +239,7 @@ def _inwards(vertices: ndarray, faces: ndarray) -> ndarray:
     # Which faces are of closed components that are inside out.
     source, target = faces.ravel(), np.roll(faces, -1, axis=1).ravel()
     n = len(vertices)
-    component = _connected(np.stack([source, target], axis=1), n)[faces[:, 0]]
+    component = components(np.stack([source, target], axis=1), n)[faces[:, 0]]
     count = component.max() + 1
     once = ~np.isin(source * n + target, target * n + source)
     is_open = np.bincount(np.repeat(component, 3), once, minlength=count) > 0
@@ -258,14 +256,3 @@ def _in_twos(key: ndarray) -> tuple[ndarray, ndarray]:
     _, start, count = np.unique(key[order], return_index=True, return_counts=True)
     start = start[count == 2]
     return order[start], order[start + 1]
-
-
-def _connected(pairs: ndarray, size: int) -> ndarray:
-    # The group of every element, where pairs are in one group.
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    # Earlier versions of SciPy take no long indices.
-    pairs = pairs.reshape(-1, 2).astype(np.int32)
-    graph = coo_array((np.ones(len(pairs)), pairs.T), shape=(size, size))
-    return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy import ndarray
 
+from pyg_attnpool.mesh.graph import graph_of
 from pyg_attnpool.mesh.io import check_mesh, edges
 
 if TYPE_CHECKING:
@@ -231,15 +232,11 @@ def _references(vertices: ndarray, graph: csr_array, reference: Sequence[int] | 
 
 
 def _edge_lengths(vertices: ndarray, faces: ndarray) -> csr_array:
-    from scipy.sparse import coo_array
-
     edge = edges(faces)
     length = np.linalg.norm(vertices[edge[:, 0]] - vertices[edge[:, 1]], axis=1)
     # An edge of no length would be no edge to the graph.
     length = np.maximum(length, np.finfo(float).tiny)
-    # Earlier versions of SciPy take no long indices.
-    ends = edge.T.astype(np.int32)
-    return coo_array((length, ends), shape=(len(vertices), len(vertices))).tocsr()
+    return graph_of(edge, len(vertices), length)
 
 
 def _starts(graph: csr_array, reference: ndarray) -> ndarray:

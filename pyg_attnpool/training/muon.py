@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module
 
+from pyg_attnpool.ops.backend import at_least_single
+
 MOMENTUM = 0.95
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -97,8 +99,8 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
         >>> bool(found.min() > 0.6 and found.max() < 1.3)
         True
     """
-    tall = x.size(0) > x.size(1)
-    x = x.t() if tall else x
+    tall, dtype = x.size(0) > x.size(1), x.dtype
+    x = (x.t() if tall else x).to(at_least_single(dtype))
     x = x / x.norm().clamp(min=1e-7)
     # The coefficients have the largest slope at zero for which values near one stay there.
     a, b, c = 3.4445, -4.7750, 2.0315
@@ -109,5 +111,5 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = factor @ first @ factor
         factor = a * factor + (b * gram + c * gram @ gram) @ factor
-    x = factor @ x
+    x = (factor @ x).to(dtype)
     return x.t() if tall else x

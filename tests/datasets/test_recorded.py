@@ -23,14 +23,22 @@ def test_meshes_are_found_from_elsewhere(tmp_path, monkeypatch):
 
 
 def test_arguments_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setitem(recorded.KNOWN, "AnnyFaces", dict)
+    monkeypatch.setitem(recorded.KNOWN, "AnnyFaces", lambda **arguments: arguments)
     record_dataset(tmp_path, "AnnyFaces", root=tmp_path / "faces", frames=7)
     assert recorded_dataset(tmp_path) == {"root": str(tmp_path / "faces"), "frames": 7}
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "3", '{"dataset": "os.system", "arguments": {}}', '{"dataset": "AnnyFaces"}'],
+    [
+        "",
+        "{",
+        "[]",
+        "3",
+        '{"dataset": "os.system", "arguments": {}}',
+        '{"dataset": "AnnyFaces"}',
+        '{"dataset": "RegisteredMeshes", "arguments": {"root": "x", "colour": 3}}',
+    ],
 )
 def test_something_else_is_named(tmp_path, content):
     (tmp_path / "data.json").write_text(content)

@@ -25,6 +25,14 @@ def test_orthogonalized_is_the_iteration_of_newton_and_schulz():
     assert_close(orthogonalized(x.t()).double(), expected.t(), atol=1e-4, rtol=0)
 
 
+def test_orthogonalized_of_half_precision_stays_bounded_where_directions_are_missing():
+    x = (torch.randn(16, 3) @ torch.randn(3, 40)).bfloat16()
+    found = orthogonalized(x)
+    assert found.dtype == torch.bfloat16
+    values = torch.linalg.svdvals(found.float())
+    assert values.max() < 1.3 and (values[:3] > 0.6).all()
+
+
 def test_parameters_that_are_no_weights_of_layers_get_adam():
     layer = Linear(3, 2)
     reference = torch.nn.Parameter(layer.bias.detach().clone())
