@@ -1,6 +1,7 @@
 r"""How files are written and recognised."""
 
 import hashlib
+import math
 import os
 import secrets
 import shutil
@@ -8,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy import ndarray
@@ -165,7 +166,22 @@ def opened_arrays(path: str | Path, content: str) -> Iterator[Any]:
         broken = arrays.zip.testzip()
         if broken is not None:
             raise ValueError(f"another checksum of {broken}")
+        for member in arrays.zip.infolist():
+            with arrays.zip.open(member) as entry:
+                _check_header(entry, member.file_size, member.filename)
         yield arrays
+
+
+def _check_header(entry: IO[bytes], size: int, name: str) -> None:
+    # An array is as large as its header says: NumPy asks for that memory before it reads.
+    major = np.lib.format.read_magic(entry)[0]
+    read = {1: np.lib.format.read_array_header_1_0, 2: np.lib.format.read_array_header_2_0}
+    if major not in read:
+        raise ValueError(f"format {major} of {name}")
+    shape, _, dtype = read[major](entry)
+    needed = entry.tell() + math.prod(shape) * dtype.itemsize
+    if needed != size and not dtype.hasobject:
+        raise ValueError(f"{size} bytes of {name}, whose header asks for {needed}")
 
 
 def read_arrays(path: str | Path, content: str = "a whole file of arrays") -> dict[str, ndarray]:

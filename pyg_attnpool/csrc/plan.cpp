@@ -81,7 +81,8 @@ template <int W>
 inline Vec<W> activate(Vec<W> x, int64_t activation) {
     const Vec<W> zero = {};
     if (activation == NONE) return x;
-    if (activation == RELU) return x > zero ? x : zero;
+    // Each keeps NaN, of which no comparison is true.
+    if (activation == RELU) return x < zero ? zero : x;
     Vec<W> power, p;
     if (activation == ELU) {
         exponential<W>(x > zero ? zero : x, power, p);

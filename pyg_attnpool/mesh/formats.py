@@ -186,9 +186,10 @@ def read_ply_elements(path: Path) -> dict[str, dict[str, Any]]:
     rows = list(_rows(body.rstrip(PADDING), comments=False, first=2 + len(lines)))
     if len(rows) != sum(e.num_rows for e in elements):
         raise ValueError(f"{len(rows)} lines after the header, not {_said(elements)}")
+    at = 0
     for element in elements:
-        out[element.name] = _text_rows(rows[: element.num_rows], element)
-        rows = rows[element.num_rows :]
+        out[element.name] = _text_rows(rows[at : at + element.num_rows], element)
+        at += element.num_rows
     return out
 
 
@@ -265,6 +266,8 @@ def _ply_header(lines: list[bytes]) -> tuple[str, list[_Element]]:
     # The order of bytes, none for text, and the elements.
     order: str | None = None
     elements: list[_Element] = []
+    names: set[str] = set()  # of elements
+    taken: set[str] = set()  # of the properties of the last one
     for number, line in enumerate(lines[1:], start=2):
         keyword, *words = (w.decode("utf-8", "replace") for w in line.split() or [b""])
         if keyword in ("", "comment", "obj_info"):
@@ -275,8 +278,10 @@ def _ply_header(lines: list[bytes]) -> tuple[str, list[_Element]]:
                 order = {"1.0": PLY_ORDER}[version][kind]
             elif keyword == "element" and order is not None:
                 name, count = words
-                if not re.fullmatch("[0-9]+", count) or name in [e.name for e in elements]:
+                if not re.fullmatch("[0-9]+", count) or name in names:
                     raise ValueError
+                names.add(name)
+                taken = set()
                 elements.append(_Element(name, int(count), []))
             elif keyword == "property":
                 *types, name = words
@@ -284,8 +289,9 @@ def _ply_header(lines: list[bytes]) -> tuple[str, list[_Element]]:
                 listed, parts = types[0] == "list", elements[-1].parts
                 if len(dtypes) != 1 + listed or len(types) != 1 + 2 * listed:
                     raise ValueError
-                if name in [p.name for p in parts] or (listed and dtypes[0].kind == "f"):
+                if name in taken or (listed and dtypes[0].kind == "f"):
                     raise ValueError
+                taken.add(name)
                 parts.append(_Property(name, dtypes[-1], dtypes[0] if listed else None))
             else:
                 raise ValueError

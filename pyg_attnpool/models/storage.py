@@ -124,7 +124,7 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
-    if not path.exists():
+    if not path.is_file():
         if (folder / "model.json").exists():
             raise ValueError(
                 f"Expected a morphable model in {folder} (got a folder of MeshAutoencoder.save of "
@@ -135,7 +135,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         format_, version = config["format"], config["version"]
-    except (ValueError, TypeError, KeyError) as e:
+    except (ValueError, TypeError, KeyError, RecursionError) as e:
         raise ValueError(f"Expected the description of a model in {path} (got: {e!r})") from e
     if format_ != FORMAT:
         raise ValueError(f"Expected a model of format {FORMAT} in {path} (got {format_!r})")

@@ -14,7 +14,7 @@ from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.base import PoolingLayer
 from pyg_attnpool.nn.mapping_pool import MappingPool
 from pyg_attnpool.ops.attention import attend, attention, cosine_at, dense_attention
-from pyg_attnpool.ops.backend import at_least_single
+from pyg_attnpool.ops.backend import at_least_single, own_types
 from pyg_attnpool.ops.search import Search, cosine_topk
 from pyg_attnpool.ops.sparse import Pattern, fuse_slots
 
@@ -390,7 +390,7 @@ class AttentionPool(PoolingLayer):
             prior, share = self._prior(self.prior_index)
             vectors = self.query, self.key, self.k, self.log_beta
             return attend(x, *vectors, prior, share, self.search)
-        with torch.autocast(x.device.type, enabled=False):  # the result is of the type of x
+        with own_types(x):  # the result is of the type of x
             y = self._dense().to(x.dtype) @ x.reshape(self.num_source, -1)
         return y.view(self.num_target, *x.shape[1:])
 

@@ -118,7 +118,8 @@ class IndexedModule(torch.nn.Module):
             return
         if self._same(device):
             return
-        with outside() if composing() else nullcontext():
+        # A checkpoint counts what is recorded: a first call must record what later ones do.
+        with torch.no_grad(), outside() if composing() else nullcontext():
             for name, spec in self._declared.items():
                 index = getattr(self, name)
                 check_index(name, index, spec.shape, spec.end, spec.low)

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import at_least_single, composing, on_cpu, operator, single
+from pyg_attnpool.ops.backend import (
+    at_least_single,
+    composing,
+    on_cpu,
+    operator,
+    own_types,
+    single,
+)
 from pyg_attnpool.ops.search import Search, full_search, normalized
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, sddmm, spmm, transpose
 
@@ -48,7 +55,7 @@ def attention(
     >>> attention(query, key, k=2)[:2]  # the cosines 1 and 0.6, divided by their sum
     (tensor([[1, 2]]), tensor([[0.6250, 0.3750]]))
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with own_types(query):
         find = full_search if search is None else search
         index, score = find(query.detach(), key.detach(), k)
         prior_weight = query.new_empty(query.size(0), 0)
@@ -205,7 +212,7 @@ def attend(
         return map_rows(index, weight, x, key.size(0), transposed)
     if x.dim() != 3 or x.size(0) != key.size(0):
         raise ValueError(f"Expected rows of shape [{key.size(0)}, B, F] (got {list(x.shape)})")
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         find = full_search if search is None else search
         index, score = find(query.detach(), key.detach(), k)
         if prior is None:
@@ -273,7 +280,8 @@ def _attended_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _attended_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    query, key, log_beta, share, index, _, prior_index, prior, x = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: checkpoints make them anew for one reading
+    query, key, log_beta, share, index, _, prior_index, prior, x = saved
     inputs = query, key, log_beta, share, x
     needed = *ctx.needs_input_grad[:4], ctx.needs_input_grad[8]
     again = torch.is_grad_enabled()  # second derivatives are asked for
@@ -286,7 +294,7 @@ def _attended_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_learned = iter(torch.autograd.grad(y, learned, grad, create_graph=again))
         *grads, of_x = (next(of_learned) if need else None for need in needed)
         return *grads, *[None] * 4, of_x
-    of_query, of_key, of_scalars, of_x = _attended_backward(*ctx.saved_tensors, grad)
+    of_query, of_key, of_scalars, of_x = _attended_backward(*saved, grad)
     of_share, of_beta = (
         s if like is None else s.view_as(like)
         for s, like in zip(of_scalars, (share, log_beta), strict=True)
@@ -311,7 +319,7 @@ def dense_attention(query: Tensor, key: Tensor, log_beta: Tensor | None = None) 
     >>> dense_attention(torch.tensor([[2.0, 0.0]]), torch.tensor([[1.0, 0.0], [3.0, 4.0]]))
     tensor([[0.6250, 0.3750]])
     """
-    with torch.autocast(query.device.type, enabled=False):
+    with own_types(query):
         return _weights(normalized(query) @ normalized(key).t(), log_beta)
 
 

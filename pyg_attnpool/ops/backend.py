@@ -3,7 +3,7 @@ r"""How an operation reaches its backend: compiled code on a CPU, Triton on a GP
 import functools
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -55,6 +55,14 @@ def outside() -> Iterator[None]:
 
     with temporarily_clear_interpreter_stack(), _disable_current_modes():
         yield
+
+
+def own_types(tensor: Tensor) -> AbstractContextManager[Any]:
+    r"""Leaves autocast for the length of a block, which picks its types itself. It knows no tensors
+    without values."""
+    if tensor.is_meta:
+        return nullcontext()
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def at_least_single(dtype: torch.dtype) -> torch.dtype:

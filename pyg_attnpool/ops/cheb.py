@@ -7,11 +7,10 @@ terms again: this costs less than to keep them.
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator
+from pyg_attnpool.ops.backend import on_cpu, operator, own_types
 from pyg_attnpool.ops.dense import checked, combine, correlate, prepared
 from pyg_attnpool.ops.sparse import spmm
 
@@ -55,7 +54,7 @@ def _cheb_conv(
     rowptr: Tensor, col: Tensor, value: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         x, weight, bias = prepared(x), prepared(weight), prepared(bias)
         narrower = _clenshaw if weight.size(2) < weight.size(1) else _recurrence
         out = narrower((rowptr, col, value), x, weight, bias).to(dtype)
@@ -100,7 +99,7 @@ def _cheb_correlate(
 ) -> Tensor:
     # x^T T_k(L) g for every k: the gradient of the weights.
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         x, g = prepared(x), prepared(g)
         laplacian = rowptr, col, value
         if x.size(-1) <= g.size(-1):
@@ -133,7 +132,7 @@ def _cheb_grads(
     # The gradients of input and weights. Both can use the terms T_k(L) g. Where g is more than
     # twice as wide as x, two recurrences in the width of x are cheaper.
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         g, x, weight = prepared(g), prepared(x), prepared(weight)
         laplacian, K, theta = (rowptr, col, value), weight.size(0), weight.transpose(1, 2)
         # The gradient of the input comes last: the backward pass goes on from it, in the cache.

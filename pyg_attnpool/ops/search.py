@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import at_least_single, composing, on_cpu, on_gpu, operator, single
+from pyg_attnpool.ops.backend import (
+    at_least_single,
+    composing,
+    on_cpu,
+    on_gpu,
+    operator,
+    own_types,
+    single,
+)
 
 TILE = 1 << 21  # scores that PyTorch's operations hold at a time
 
@@ -149,7 +157,7 @@ def full_search(query: Tensor, key: Tensor, k: int) -> tuple[Tensor, Tensor]:
         once = Search(num_query, num_key, query.size(1), k, dtype)
         once.candidates = once.candidates[:, :k].contiguous()  # no other call will use more
         return once(query, key, k)
-    with torch.autocast(query.device.type, enabled=False):
+    with own_types(query):
         query, key = normalized(query), normalized(key)
         if on_gpu(query):
             from pyg_attnpool.ops import _triton

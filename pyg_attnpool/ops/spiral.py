@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.ops import _cpu
-from pyg_attnpool.ops.backend import on_cpu, operator, readable
+from pyg_attnpool.ops.backend import on_cpu, operator, own_types, readable
 from pyg_attnpool.ops.dense import checked, combine, correlate, prepared
 from pyg_attnpool.ops.sparse import spmm, transpose
 
@@ -54,7 +54,7 @@ def _spiral_conv(
     if adjoint:
         rowptr, col, slot = rowptr_t, col_t, slot_t
     dtype = x.dtype
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         x, weight, bias = prepared(x), prepared(weight), prepared(bias)
         if on_cpu(x):
             return _cpu.convolve_entries(rowptr, col, slot, x, weight, bias).to(dtype)
@@ -132,7 +132,7 @@ def _spiral_correlate(
 ) -> Tensor:
     # x at every step of the spirals, transposed, times g: the gradient of the weights.
     dtype, length = x.dtype, index.size(1)
-    with torch.autocast(x.device.type, enabled=False):
+    with own_types(x):
         x, g = prepared(x), prepared(g)
         if on_cpu(x):
             return _cpu.outer([x] * length, [g] * length, index).to(dtype)

@@ -1,10 +1,13 @@
 r"""What was once seen to fail, case by case, in words of the package's users: crashes, hangs, wrong
 numbers without an error, and errors that name nothing."""
 
+import io
 import math
 import os
+import shutil
 import struct
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -24,7 +27,7 @@ from pyg_attnpool import (
     freeze,
 )
 from pyg_attnpool.datasets import RegisteredMeshes
-from pyg_attnpool.mesh import check_mesh, read_mesh, spiral_sequences, write_mesh
+from pyg_attnpool.mesh import check_mesh, read_mesh, read_scan, spiral_sequences, write_mesh
 from pyg_attnpool.mesh.closest import closest_points
 from pyg_attnpool.nn.learned_pools import WeightedPool
 from tests.mesh.meshes import blob, icosphere, join
@@ -228,6 +231,34 @@ def textured_ply(folder):
     body += struct.pack("<B3iBB", 3, 2, 1, 0, 0, 9)
     (folder / "t.ply").write_bytes(header + body)
     assert read_mesh(folder / "t.ply")[1].tolist() == [[0, 1, 2], [2, 1, 0]]
+
+
+def header_of_many_properties(folder):
+    # In time proportional to its size: some 0.2 s, and minutes where every name is compared.
+    names = b"".join(b"property int p%d\n" % i for i in range(60_000))
+    (folder / "bad.ply").write_bytes(
+        PLY.replace(b"element face", b"element q 0\n" + names + b"element face")
+    )
+    read_mesh(folder / "bad.ply")
+
+
+def header_that_asks_for_more_than_is_there(folder):
+    entry = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        entry, {"shape": (10**12, 3), "fortran_order": False, "descr": "<f8"}
+    )
+    with zipfile.ZipFile(folder / "bad.npz", "w") as file:
+        file.writestr("vertices.npy", entry.getvalue() + bytes(24))
+    refused(lambda: RegisteredMeshes(folder / "bad.npz"), "bad.npz", (ValueError,))
+    refused(lambda: MeshHierarchy.load(folder / "bad.npz"), "bad.npz", (ValueError,))
+    (folder / "bad.npy").write_bytes(entry.getvalue() + bytes(24))
+    refused(lambda: read_scan(folder / "bad.npy"), "bad.npy", (ValueError,))
+
+
+def deep_description_of_a_model(folder):
+    shutil.copytree(folder.parent / "first" / "model", folder / "model")
+    (folder / "model" / "config.json").write_text("[" * 200_000)
+    refused(lambda: MorphableModel.load(folder / "model"), "config.json", (ValueError,))
 
 
 def degenerate_face_is_named(folder):
@@ -467,6 +498,9 @@ CLAIMS = {
         batches_of_gradients,
         spectral_norm_of_a_convolution,
         textured_ply,
+        header_of_many_properties,
+        header_that_asks_for_more_than_is_there,
+        deep_description_of_a_model,
         degenerate_face_is_named,
         doubles_stay_doubles,
         coordinates_of_maps_in_a_model,

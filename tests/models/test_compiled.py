@@ -80,6 +80,23 @@ def test_every_step_equals_its_formula(library, rows, channels, activation):
         assert torch.equal(CompiledPlan(plan)(z[3:4]), out[3:4])
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_numbers_that_are_not_finite_come_out(library, hierarchy, activation, value):
+    torch.manual_seed(0)
+    network = MeshAutoencoder(hierarchy, channels=(4, 8), latent_channels=2, activation=activation)
+    model = MorphableModel(network, hierarchy).freeze()
+    x = torch.from_numpy(hierarchy.vertices[0]).float()[None].clone()
+    x[0, 3, 1] = value
+    z = torch.tensor([[0.5, value]])
+    for call, given in ((model.decode, z), (model.encode, x), (model, x)):
+        with torch.no_grad():
+            found = call(given)
+        expected = call(given.clone().requires_grad_()).detach()
+        assert not found.isfinite().all()
+        assert_close(found, expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("channels", [3, 6])
 @pytest.mark.parametrize("hidden", [2, 16, 33])
 @pytest.mark.parametrize("rows", [1, 8, 19])

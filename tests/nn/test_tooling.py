@@ -11,6 +11,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn, get_ema_multi_avg_fn
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from torch_geometric.nn import ChebConv
 
@@ -279,6 +280,12 @@ def of_second_gradients(module, x):
     return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
 
 
+def of_checkpoint(module, x):
+    x = x.clone().requires_grad_()
+    out = checkpoint(module, x, use_reentrant=False)
+    return torch.autograd.grad(out.square().sum(), [x, *module.parameters()])
+
+
 def of_trace(module, x):
     traced = torch.jit.trace(module, x)
     file = io.BytesIO()
@@ -305,6 +312,7 @@ TOOLS = {
     "ensemble": of_ensemble,
     "is_grads_batched": of_batched_gradients,
     "second gradients": of_second_gradients,
+    "checkpoint": of_checkpoint,
 }
 
 
@@ -333,6 +341,14 @@ def test_numbers_are_those_of_the_dense_twin(layer, twin, x, tool):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_trace(layer, twin, x):
     assert_close(of_trace(layer, x), twin(torch.cat([x, -x])), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "ChebConv of PyG"])
+def test_shapes_on_the_meta_device(name):
+    layer = LAYERS[name]()
+    x = features(layer).float()
+    expected = Dense(layer)(x).shape
+    assert layer.to("meta")(x.to("meta")).shape == expected
 
 
 def test_flop_counter(layer, twin, x):
