@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +270,8 @@ def _counts(
     # The vertex counts of all levels.
     if wanted is not None and factors is not None:
         raise ValueError("Expected either 'num_vertices' or 'factors' (got both)")
+    wanted = None if wanted is None else _listed("num_vertices", wanted, Integral, "integers")
+    factors = None if factors is None else _listed("factors", factors, Real, "numbers")
     counts = [num_vertices]
     if wanted is None:
         for factor in [4, 4, 4, 4] if factors is None else factors:
@@ -277,8 +280,6 @@ def _counts(
             counts.append(int(np.ceil(counts[-1] / factor)))
     else:
         # A list may name the template's own count first, as `num_vertices` of a hierarchy does.
-        if not all(isinstance(n, int | np.integer) for n in wanted):
-            raise TypeError(f"Expected 'num_vertices' to be a list of integers (got {wanted!r})")
         wanted = [int(n) for n in wanted]
         counts += wanted[1:] if wanted[:1] == counts else wanted
     if len(counts) < 2 or (wanted is not None and min(counts) < 3):
@@ -286,6 +287,13 @@ def _counts(
             f"Expected at least one coarser level, of at least three vertices each (got {counts})"
         )
     return counts
+
+
+def _listed(name: str, given: Any, kind: type, words: str) -> list[Any]:
+    listed = list(given) if isinstance(given, Iterable) else [None]
+    if not all(isinstance(n, kind) for n in listed):
+        raise TypeError(f"Expected '{name}' to be a list of {words} (got {given!r})")
+    return listed
 
 
 def _shrunk(counts: Sequence[int], least: int) -> list[int]:

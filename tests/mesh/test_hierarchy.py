@@ -226,3 +226,9 @@ def test_construction_errors(coarse):
         MeshHierarchy([v], [f], [], [])
     with pytest.raises(ValueError, match="mappings between .* at level 0"):
         MeshHierarchy(coarse.vertices[:2], coarse.faces[:2], coarse.up[:1], coarse.down[:1])
+
+
+@pytest.mark.parametrize("factors", [["a"], [None], 2, "44"])
+def test_factors_are_a_list_of_numbers(factors):
+    with pytest.raises(TypeError, match="'factors' to be a list of numbers"):
+        MeshHierarchy.from_template(TEMPLATE, factors=factors)
