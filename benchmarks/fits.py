@@ -38,7 +38,7 @@ from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.datasets import AnnyBodies, AnnyFaces, AnnyHands
 from pyg_attnpool.mesh import decimate
 from pyg_attnpool.metrics import vertex_distances
-from pyg_attnpool.training import quiet_lightning
+from pyg_attnpool.training import epochs_for, quiet_lightning
 
 DATA = {"faces": AnnyFaces, "bodies": AnnyBodies, "hands": AnnyHands}
 POOLS = {"attention": "learned aggregation", "qem": "QEM", "pca": "PCA"}
@@ -140,7 +140,7 @@ def trained(
     else:
         torch.manual_seed(seed)
         model = MorphableModel.coma(hierarchy, options.latent, pool)
-        epochs = -(-options.steps * BATCH_SIZE // len(train))
+        epochs = epochs_for(options.steps, len(train), BATCH_SIZE)
         model.fit(train, val, epochs=epochs, batch_size=BATCH_SIZE, seed=seed, freeze=True)
     model.cpu().save(folder)
     return model

@@ -29,7 +29,7 @@ import tyro
 from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.datasets import AnnyFaces, RegisteredMeshes, looks_unaligned, record_dataset
 from pyg_attnpool.files import replacing
-from pyg_attnpool.training import quiet_lightning
+from pyg_attnpool.training import epochs_for, quiet_lightning
 from pyg_attnpool.visualize import plot_reconstructions, write_report
 
 Pooling = Literal["qem", "attention", "full", "diffpool", "average", "variant"]
@@ -93,8 +93,8 @@ def compare(build: Callable[[MeshHierarchy, str], MorphableModel], options: Opti
 
     epochs = options.epochs
     if epochs is None:
-        steps = -(-len(train) // options.batch_size)
-        epochs = -(-1700 // steps) if options.optimizer == "one_cycle" else 300
+        short = options.optimizer == "one_cycle"
+        epochs = epochs_for(1700, len(train), options.batch_size) if short else 300
     shown = test[torch.linspace(0, len(test) - 1, min(5, len(test))).long()]
     rows, pictures, models = [], {}, {}
     for pool in (*options.pool, "pca"):

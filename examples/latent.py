@@ -36,7 +36,7 @@ from pyg_attnpool.datasets import AnnyBodies, AnnyFaces
 from pyg_attnpool.datasets.anny.transfer import transferred
 from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import vertex_distances
-from pyg_attnpool.training import quiet_lightning
+from pyg_attnpool.training import epochs_for, quiet_lightning
 from pyg_attnpool.visualize import plot_mesh
 
 NAMES = {"qem": "QEM", "attention": "learned"}
@@ -123,12 +123,10 @@ def trained(
         return MorphableModel.load(folder)
     torch.manual_seed(options.seed)
     model = MorphableModel.coma(hierarchy, options.latent, pool)
-    epochs = -(-options.steps * 16 // len(train))
     model.fit(
         train,
         val,
-        epochs=epochs,
-        batch_size=16,
+        epochs=epochs_for(options.steps, len(train)),
         seed=options.seed,
         freeze=True,
         accelerator=options.device,

@@ -17,8 +17,8 @@ MODULES = [
     for module in pkgutil.walk_packages(pyg_attnpool.__path__, "pyg_attnpool.")
     if not module.name.startswith("pyg_attnpool.ops._")
 ]
-ROOMS = ("nn", "models", "mesh", "datasets", "training", "visualize")
-FILES = ("export", "fitting", "latent", "metrics")
+ROOMS = ("nn", "models", "mesh", "datasets", "training", "fitting", "visualize")
+FILES = ("export", "latent", "metrics")
 # Shown by the examples of the classes that they belong to.
 TOLD_ELSEWHERE = {"encode_all", "evaluating", "warn_millimetres", "quiet_lightning"}
 

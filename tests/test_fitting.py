@@ -6,7 +6,7 @@ from torch.testing import assert_close
 from torch_geometric.data import Data
 
 from pyg_attnpool import Mapping, MeshHierarchy, MorphableModel
-from pyg_attnpool.fitting import _Decoder
+from pyg_attnpool.fitting.solver import Decoder
 from pyg_attnpool.mesh import write_mesh
 from pyg_attnpool.mesh.closest import closest_points
 from tests.mesh.meshes import blob
@@ -69,7 +69,7 @@ def ridge(model, y, weight, noise):
 def test_derivatives_are_those_of_autograd(curved):
     for dtype, tolerance in ((torch.double, 1e-8), (torch.float, 3e-3)):
         model = curved.to(dtype)
-        decoder = _Decoder(model)
+        decoder = Decoder(model)
         w = torch.randn(2, 3, dtype=torch.double)
         features = decoder(w)
         x, derivatives = features[..., 0], features[..., 1:]

@@ -38,6 +38,8 @@ FORWARD = {
 }
 # The version, which a report tells.
 FORWARD.add(("visualize.report", "__init__"))
+# A mapping reads these of PyTorch's sparse tensors. Pooling layers stand in for such a tensor.
+ALLOWED = {("mapping", "_indices"), ("mapping", "_values")}
 
 
 def test_every_room_has_its_place():
@@ -64,6 +66,43 @@ def test_modules_import_each_other_without_circles():
         if not later:
             arrows.setdefault(name, set()).add(other)
     list(TopologicalSorter(arrows).static_order())  # raises CycleError
+
+
+def test_no_room_reads_a_private_name_of_another():
+    owners: dict[str, set[str]] = {}  # the rooms that define a name
+    reads: list[tuple[str, str]] = []
+    for path in ROOT.rglob("*.py"):
+        name = _name(path)
+        owners.setdefault(path.stem, set()).add(name.split(".")[0])
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            defined, read = _defined_and_read(node)
+            for other in filter(_is_private, defined):
+                owners.setdefault(other, set()).add(name.split(".")[0])
+            reads += [(name, other) for other in filter(_is_private, read)]
+    # A name that no room defines is one of a library.
+    reached = {(name, other) for name, other in reads if other in owners}
+    reached = {(name, other) for name, other in reached if name.split(".")[0] not in owners[other]}
+    assert reached == ALLOWED
+
+
+def _defined_and_read(node: ast.AST) -> tuple[list[str], list[str]]:
+    # Names that a node defines, and those that it reads from an object or a module. A subclass may
+    # read what it has inherited.
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return [node.name], []
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id], []
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) in ("self", "cls"):
+        return [node.attr] if isinstance(node.ctx, ast.Store) else [], []
+    if isinstance(node, ast.Attribute):
+        return [], [node.attr]
+    if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyg_attnpool"):
+        return [], [*node.module.split("."), *(alias.name for alias in node.names)]
+    return [], []
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
 
 
 def _imports() -> Iterator[tuple[str, str, bool]]:

@@ -19,7 +19,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.run import BATCH_SIZE
 from pyg_attnpool import Mapping, MorphableModel
 from pyg_attnpool.models import MeshAutoencoder
-from pyg_attnpool.training import quiet_lightning
+from pyg_attnpool.training import epochs_for, quiet_lightning
 
 ABOUT = "not in the paper: how rough mappings make what they map, by the start of w_a"
 NOTES = (
@@ -87,7 +87,7 @@ def main(options: SharpeningOptions):
         torch.manual_seed(options.seed)
         model = MorphableModel.coma(meshes.hierarchy, down_kwargs=kwargs, up_kwargs=kwargs)
         found += rows(model.autoencoder, w_a, "start")
-        epochs = -(-options.steps * BATCH_SIZE // len(train))
+        epochs = epochs_for(options.steps, len(train), BATCH_SIZE)
         model.fit(train, val, epochs=epochs, seed=options.seed, accelerator="cpu")
         found += rows(model.autoencoder, w_a, "trained")
         errors.append({"w_a from": w_a, "epochs": epochs, "mm": model.evaluate(test)["mean"]})

@@ -15,7 +15,7 @@ from benchmarks.paper.progress import Progress
 from benchmarks.paper.results import ResultsFile
 from benchmarks.paper.run import BATCH_SIZE, FAMILIES, SETTINGS, Run
 from benchmarks.paper.tables import Cell, Results, write
-from pyg_attnpool.training import quiet_lightning
+from pyg_attnpool.training import epochs_for, quiet_lightning
 
 SMOKE_EPOCHS = 2
 
@@ -114,7 +114,7 @@ def settings_of(
         optimizer = family.optimizer if optimizer == "published" else optimizer
         steps = options.steps or (experiment.steps if options.scale == "small" else None)
         if steps is not None:
-            epochs = -(-steps // setting.fewer * BATCH_SIZE // num)
+            epochs = epochs_for(-(-steps // setting.fewer), num, BATCH_SIZE)
         else:
             epochs = SMOKE_EPOCHS if options.scale == "smoke" else family.epochs
     values = (name, options.scale, variant, setting.split, model, optimizer, epochs)

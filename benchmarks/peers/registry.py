@@ -10,6 +10,7 @@ from torch.nn import Module
 from benchmarks.peers.networks import MLP, LSAConv, TokenMixer, VCConv, identity_expression_pca
 from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.models import PCA, coma, modal, neural3dmm
+from pyg_attnpool.training import epochs_for
 
 BATCH_SIZE = 16
 
@@ -65,9 +66,8 @@ PEERS = {
 
 def steps_of(num_meshes: int, steps: int) -> tuple[int, int]:
     r"""The whole epochs in which there are at least so many steps, and their steps."""
-    of_epoch = -(-num_meshes // BATCH_SIZE)
-    epochs = -(-steps // of_epoch)
-    return epochs, epochs * of_epoch
+    epochs = epochs_for(steps, num_meshes, BATCH_SIZE)
+    return epochs, epochs * -(-num_meshes // BATCH_SIZE)
 
 
 def train_peer(

@@ -86,13 +86,13 @@ def train(
     if model == "pca":
         fitted.fit(meshes[split.train])
     else:
-        from pyg_attnpool.training import quiet_lightning
+        from pyg_attnpool.training import epochs_for, quiet_lightning
 
         quiet_lightning()
         fitted.fit(
             meshes,
             output=output,
-            epochs=-(-steps // -(-len(split.train) // batch_size)),
+            epochs=epochs_for(steps, len(split.train), batch_size),
             batch_size=batch_size,
             seed=seed,
             resume=resume,

@@ -13,7 +13,6 @@ from pyg_attnpool.cli.shared import (
     Output,
     as_json,
     note,
-    progress,
     read_json,
     read_model,
     read_shape,
@@ -145,6 +144,8 @@ def fit(
         json: Print codes, motions and distances as JSON: lengths in metres, distances in
             millimetres.
     """
+    from pyg_attnpool.datasets.cache import progress
+
     found = read_model(model)
     records = []
     jobs = _jobs(scan, output, landmarks, resume)
@@ -275,6 +276,7 @@ def _numbered(name: str, n: int, suffix: str) -> list[str]:
 
 
 def _animate(model: MorphableModel, path: Path, meshes: Tensor, azimuth: float) -> None:
+    from pyg_attnpool.datasets.cache import progress
     from pyg_attnpool.visualize import render, view_box, write_animation
 
     box = view_box(meshes[..., :3], azimuth)

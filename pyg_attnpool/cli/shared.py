@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -22,7 +22,6 @@ MaybeOutput = Annotated[Path | None, arg(aliases=["-o"])]
 Unit = Literal["m", "cm", "mm"]
 
 ALIGNED = "aligned"  # in the summary of a model: its meshes were turned and moved onto the template
-T = TypeVar("T")
 
 
 def read_model(folder: Path) -> MorphableModel:
@@ -121,18 +120,10 @@ def as_json(value: Any) -> str:
     return json.dumps(value, indent=2)
 
 
-def progress(items: Collection[T], description: str) -> Iterator[T]:
-    r"""Goes through items with a bar, and the time that is left, once two seconds have passed."""
-    from pyg_attnpool.datasets.cache import progress_bar
-
-    with progress_bar(description, len(items)) as bar:
-        for item in items:
-            yield item
-            bar.update()
-
-
 def write_meshes(model: MorphableModel, folder: Path, names: list[str], meshes: Tensor) -> None:
     r"""Writes meshes :obj:`[M, N, C]` to files of these names."""
+    from pyg_attnpool.datasets.cache import progress
+
     for name, mesh in zip(progress(names, f"Writing {folder}"), meshes, strict=True):
         model.write_mesh(folder / name, mesh)
 

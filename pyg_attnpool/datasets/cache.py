@@ -8,12 +8,12 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import BytesIO, FileIO
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from filelock import FileLock
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from pyg_attnpool.files import damage_named, digest, read_arrays, replacing
 
 FLOAT = np.dtype("<f4")
+T = TypeVar("T")
 
 # Python has no name for it before 3.13.
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -189,6 +190,14 @@ def progress_bar(description: str, total: int | None = None, leave: bool = True)
             (default: :obj:`True`)
     """
     return tqdm(desc=description, total=total, delay=2, leave=leave, disable=sys.stderr is None)
+
+
+def progress(items: Collection[T], description: str, leave: bool = True) -> Iterator[T]:
+    r"""Goes through items with the bar of :meth:`progress_bar`."""
+    with progress_bar(description, len(items), leave) as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 @contextmanager

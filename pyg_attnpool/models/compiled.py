@@ -28,17 +28,31 @@ from pyg_attnpool.models.plan import (
     encoder_plan,
 )
 from pyg_attnpool.nn.base import IndexedModule, PoolingLayer
-from pyg_attnpool.ops import _cpu
+from pyg_attnpool.ops.plan import (
+    ACTIVATIONS,
+    CHEBYSHEV,
+    CLENSHAW,
+    DENSE,
+    DOTS,
+    FINISH,
+    INPUT,
+    OUTPUT,
+    PICK,
+    PRODUCT,
+    PROJECT,
+    SPIRAL,
+    STANDARDIZE,
+    TERMS,
+    CompiledStep,
+    available,
+    checksum,
+    run_steps,
+    vector_size,
+)
 
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
 
-# As csrc/plan.cpp numbers them.
-(STANDARDIZE, DENSE, DOTS, PRODUCT, CHEBYSHEV, TERMS, SPIRAL, PROJECT, CLENSHAW, PICK, FINISH) = (
-    range(11)
-)
-ACTIVATIONS = {"relu": 1, "elu": 2, "silu": 3}
-INPUT, OUTPUT = -1, -2
 NEAR = 512  # rows among which those of as many entries are brought together
 FEW = 16  # outputs of a linear layer with so many times more inputs are products with its rows
 
@@ -74,7 +88,7 @@ class CompiledPlan:
 
     def __init__(self, plan: list[Step]):
         self._held: list[ndarray] = []  # what the steps point to
-        self._steps: list[_cpu.Step] = []
+        self._steps: list[CompiledStep] = []
         self._sizes: list[int] = []  # of the buffers
         self._free: list[int] = []
         self._in = _input_shape(plan)
@@ -95,7 +109,7 @@ class CompiledPlan:
                 buffer = getattr(step, name)
                 setattr(step, name, places[buffer] if buffer >= 0 else buffer)
         self._size = places[-1]
-        self._array = (_cpu.Step * len(self._steps))(*self._steps)
+        self._array = (CompiledStep * len(self._steps))(*self._steps)
 
     def __call__(self, x: Tensor) -> Tensor:
         r"""Meshes :obj:`[B, N, C]` to latent codes :obj:`[B, latent_channels]`, or back."""
@@ -106,23 +120,8 @@ class CompiledPlan:
                 f"{list(x.shape)} of {x.dtype} on {x.device})"
             )
         x = x.contiguous()
-        batch_size = x.size(0)
-        out = x.new_empty(batch_size, *self._out)
-        threads = max(1, min(batch_size, torch.get_num_threads()))
-        scratch = _cpu.workspace((threads * self._size,), torch.float32)
-        assert _cpu.library is not None
-        _cpu.library.run_plan(
-            len(self._array),
-            batch_size,
-            x.numel() // max(1, batch_size),
-            out.numel() // max(1, batch_size),
-            self._size,
-            threads,
-            self._array,
-            x.data_ptr(),
-            out.data_ptr(),
-            scratch.data_ptr(),
-        )
+        out = x.new_empty(x.size(0), *self._out)
+        run_steps(self._array, self._size, x, out)
         return out
 
     # The order of the steps ##########################################################
@@ -198,7 +197,7 @@ class CompiledPlan:
         )
 
     def _buffer(self, size: int) -> int:
-        vector = _vector()
+        vector = vector_size()
         size = -(-size // vector) * vector + vector
         if not self._free:
             self._free.append(len(self._sizes))
@@ -244,7 +243,7 @@ class CompiledPlan:
         self, weight: ndarray, bias: ndarray, x: _Value, y: _Value | None, add: bool
     ) -> None:
         # Weights [out, size] in blocks of four vectors of outputs, each block transposed.
-        size, block = len(weight), 4 * _vector()
+        size, block = len(weight), 4 * vector_size()
         parts = [weight[i : i + block].T.ravel() for i in range(0, size, block)]
         y = _Value(OUTPUT, 1, size, size) if y is None else y._replace(width=size)
         self._add(DENSE, x, y, size, weight.shape[1], add, weight=np.concatenate(parts), bias=bias)
@@ -254,7 +253,7 @@ class CompiledPlan:
         width, rows = _width(channels), step.laplacian.shape[0]
         if x.buffer == INPUT:
             raise ValueError("Expected features that are filled up (got others)")
-        if width < max(x.width, _vector()):
+        if width < max(x.width, vector_size()):
             # The recurrence on products, which are narrower than the features (Clenshaw).
             planes = self._project(step.weight, x)
             y = self._value(rows, channels)
@@ -262,7 +261,7 @@ class CompiledPlan:
             self._add(CLENSHAW, planes, y, channels, slots, matrix=step.laplacian, bias=bias)
             self._release(planes)
             return y
-        if keep or x.width < _vector():
+        if keep or x.width < vector_size():
             kind, size = TERMS, (slots - 1) * rows * x.width
         else:  # which writes over x
             kind, size = CHEBYSHEV, rows * x.width
@@ -289,7 +288,7 @@ class CompiledPlan:
         rows, bias = len(step.index), _wide(step.bias, 0)
         _check_range(step.index, -1, x.rows)
         index = np.where(step.index < 0, rows, step.index)
-        if _width(channels) < _vector():
+        if _width(channels) < vector_size():
             planes = self._project(step.weight, x)
             y = self._value(rows, channels)
             self._add(PICK, planes, y, channels, slots, col=index * y.width, bias=bias)
@@ -304,7 +303,7 @@ class CompiledPlan:
         slots, channels, out = weight.shape
         width = _width(out)
         columns = _wide(weight, 2).transpose(1, 0, 2).reshape(channels, -1)
-        columns = _wide(columns, 1, -(-columns.shape[1] // _vector()) * _vector())
+        columns = _wide(columns, 1, -(-columns.shape[1] // vector_size()) * vector_size())
         planes = self._value(x.rows, out, slots * (x.rows + 1) * width)
         self._add(PROJECT, x, planes, channels, slots, weight=columns)
         return planes
@@ -335,7 +334,7 @@ class CompiledPlan:
             dtype = np.int32 if name in ("order", "rowptr", "col") else np.float32
             self._held.append(np.ascontiguousarray(array, dtype=dtype))
             pointers[name] = self._held[-1].ctypes.data
-        step = _cpu.Step(
+        step = CompiledStep(
             kind=kind,
             rows=y.rows,
             in_=x.width,
@@ -386,14 +385,9 @@ def _check_range(index: ndarray, low: int, end: int) -> None:
         )
 
 
-def _vector() -> int:
-    assert _cpu.library is not None
-    return _cpu.library.plan_width()
-
-
 def _width(channels: int) -> int:
     # Four or eight where that is enough, or else whole vectors.
-    vector = _vector()
+    vector = vector_size()
     narrow = [width for width in (4, 8) if channels <= width < vector]
     return narrow[0] if narrow else -(-channels // vector) * vector
 
@@ -433,7 +427,7 @@ def compiled_decoder(model: MorphableModel) -> CompiledPlan | None:
 
 def _compiled(model: MorphableModel, plan: Plan) -> CompiledPlan | None:
     mean = model.mean
-    if not _cpu.AVAILABLE or mean.dtype != torch.float32 or not mean.is_cpu:
+    if not available() or mean.dtype != torch.float32 or not mean.is_cpu:
         return None
     state = _state(model)
     if state is None:
@@ -465,7 +459,7 @@ def _state(model: Module) -> list[int] | None:
         state += (id(module), len(module._forward_hooks) + len(module._forward_pre_hooks))
         for tensors in (module._parameters, module._buffers):
             numbers += [tensor for tensor in tensors.values() if tensor is not None]
-        for name in module._declared if isinstance(module, IndexedModule) else ():
+        for name in module.index_ranges if isinstance(module, IndexedModule) else ():
             index = getattr(module, name)
             if not isinstance(index, Tensor) or index.is_inference():
                 return None  # tensors of inference mode have no version
@@ -474,7 +468,7 @@ def _state(model: Module) -> list[int] | None:
         if not number.is_cpu or number.dtype is not torch.float32 or not number.is_contiguous():
             return None
         state.append(number.data_ptr())
-    return [*state, _cpu.checksum(numbers)]
+    return [*state, checksum(numbers)]
 
 
 def _compile(model: MorphableModel, plan: Plan) -> CompiledPlan | None:

@@ -11,11 +11,10 @@ It is read with the core dependencies alone, and nothing in it is unpickled.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,16 +22,16 @@ import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import Module
-from torch_geometric.nn import MessagePassing
 
 from pyg_attnpool.files import damage_named, replacing_folder, whole_folder
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.autoencoder import AutoencoderConfig, MeshAutoencoder
+from pyg_attnpool.models.card import card
 from pyg_attnpool.models.modal import ModalAutoencoder, ModalConfig
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import check_index
 from pyg_attnpool.nn.mapping_pool import MappingPool
-from pyg_attnpool.nn.resolver import CONVOLUTION_NAMES, POOLING_NAMES, Query, pooling_resolver
+from pyg_attnpool.nn.resolver import Query, name_of, pooling_resolver
 
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
@@ -65,7 +64,7 @@ def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> 
         if model.hierarchy is not None:
             model.hierarchy.save(temporary / HIERARCHY)
         (temporary / CARD).write_text(
-            _card(model, Path(os.path.realpath(folder)).name if name is None else name),
+            card(model, Path(os.path.realpath(folder)).name if name is None else name),
             encoding="utf-8",
         )
         config["files"] = {
@@ -199,20 +198,12 @@ def describe(autoencoder: Module) -> dict[str, Any]:
         return {"type": "PCA", "latent_channels": shape[0], "in_channels": shape[2]}
     if type(autoencoder) in (MeshAutoencoder, ModalAutoencoder):
         config: Any = autoencoder.config
-        values = {f.name: _named(getattr(config, f.name)) for f in fields(config)}
+        values = {f.name: name_of(getattr(config, f.name)) for f in fields(config)}
         try:
             return {"type": type(autoencoder).__name__, **json.loads(json.dumps(values))}
         except TypeError:
             pass  # of callables or tensors, which only its own code makes again
     return {"type": f"{type(autoencoder).__module__}.{type(autoencoder).__qualname__}"}
-
-
-def _named(value: Any) -> Any:
-    # The name by which a resolver finds a class.
-    if inspect.isclass(value) and issubclass(value, MessagePassing):
-        return value.__name__
-    names: dict[Any, str] = {**POOLING_NAMES, **CONVOLUTION_NAMES}
-    return names.get(value, value) if inspect.isclass(value) else value
 
 
 def _network(
@@ -299,63 +290,3 @@ def _check_state(model: Module, tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"'{name}', which the architecture does not have")
         if expected[name] != found[name] and not name.endswith(("prior_index", "prior_weight")):
             raise ValueError(f"'{name}' of shape {list(found[name])}, not {list(expected[name])}")
-
-
-# Model card ###########################################################################
-
-
-def _card(model: MorphableModel, name: str) -> str:
-    # Principal components are as much of a model as what it has learned.
-    linear = (m.components for m in model.modules() if isinstance(m, PCA))
-    num_parameters = sum(p.numel() for p in (*model.parameters(), *linear))
-    rows = {
-        "architecture": _architecture(model.autoencoder),
-        "vertices, faces": f"{model.num_vertices:,}, {len(model.faces):,}",
-        "features of a vertex": str(model.in_channels),
-        "latent size": str(model.latent_channels),
-        "parameters": f"{num_parameters:,}",
-        "unit of mesh files": model.unit,
-        **{key.replace("_", " "): str(value) for key, value in model.summary.items()},
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: pyg_attnpool
-tags:
-- 3d
-- mesh
-- morphable-model
----
-
-# {name}
-
-A 3D morphable model made with pyg_attnpool.
-
-| | |
-|---|---|
-{table}
-
-```python
-from pyg_attnpool import MorphableModel
-
-model = MorphableModel.from_pretrained("{name}")
-meshes = model.decode(model.latent_mean.unsqueeze(0))       # [1, N, {model.in_channels}] in metres
-model.write_mesh("mean.ply", meshes[0])
-```
-"""
-
-
-def _architecture(autoencoder: Module) -> str:
-    if isinstance(autoencoder, ModalAutoencoder):
-        modal = autoencoder.config
-        frozen = all(isinstance(pool, MappingPool) for pool in autoencoder.unpools)
-        return (
-            f"principal components bent by perceptrons, {modal.modes} more of level {modal.level}, "
-            f"aggregation {_named(modal.pool)}{', frozen' * frozen}"
-        )
-    if not isinstance(autoencoder, MeshAutoencoder):
-        return type(autoencoder).__name__
-    config = asdict(autoencoder.config)
-    conv, down, up = (_named(config[key]) for key in ("conv", "down", "up"))
-    frozen = all(isinstance(p, MappingPool) for p in [*autoencoder.pools, *autoencoder.unpools])
-    pools = down if down == up else f"{down} down, {up} up"
-    return f"mesh autoencoder, convolution {conv}, aggregation {pools}{', frozen' * frozen}"

@@ -38,6 +38,9 @@ class IndexedModule(torch.nn.Module):
     numbers and averages over buffers would mix them: it stays long. It is checked before any part
     of a state is assigned, and in the next call after somebody has edited it in place or put
     another in its place; :meth:`_derive` then makes again what follows from it.
+
+    Attributes:
+        index_ranges (dict): The :class:`Index` of every declared index by its name.
     """
 
     # Weights with an entry for every entry of an index: a state may have another number of both.
@@ -47,7 +50,7 @@ class IndexedModule(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._declared: dict[str, Index] = {}
+        self.index_ranges: dict[str, Index] = {}
         # What was checked last: names, tensors, their places in memory and versions.
         self._seen: list[tuple[str, Tensor, int, int]] = []
 
@@ -76,7 +79,7 @@ class IndexedModule(torch.nn.Module):
             ValueError: If its shape or a vertex does not fit.
         """
         check_index(name, index, shape, end, low)
-        self._declared[name] = Index(shape, end, low, persistent)
+        self.index_ranges[name] = Index(shape, end, low, persistent)
         setattr(self, name, index.long())
 
     def _check(self) -> None:
@@ -89,7 +92,7 @@ class IndexedModule(torch.nn.Module):
         # Casts and loads give indices that are known to be valid.
         self._derive()
         self._seen = []
-        for name in (*self._declared, *self._read):
+        for name in (*self.index_ranges, *self._read):
             tensor = getattr(self, name)
             if isinstance(tensor, Tensor) and has_version(tensor):
                 # Tensors that were made in inference mode count no edits.
@@ -114,13 +117,13 @@ class IndexedModule(torch.nn.Module):
         # Looks at the indices where they are no longer those of the last call. What distributes a
         # module over devices knows its parameters and buffers alone, so indices follow the
         # features. A call that is traced has no values to look at.
-        if not self._declared or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if not self.index_ranges or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         if self._same(device):
             return
         # A checkpoint counts what is recorded: a first call must record what later ones do.
         with torch.no_grad(), outside() if composing() else nullcontext():
-            for name, spec in self._declared.items():
+            for name, spec in self.index_ranges.items():
                 index = getattr(self, name)
                 check_index(name, index, spec.shape, spec.end, spec.low)
                 moved = index.is_meta or device.type == "meta"
@@ -135,7 +138,7 @@ class IndexedModule(torch.nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IndexedModule:
         super()._apply(fn, recurse)
         whole = True
-        for name, index in self._declared.items():
+        for name, index in self.index_ranges.items():
             before = getattr(self, name)
             setattr(self, name, _moved(before, fn, index.low - 1))
             whole &= before.is_meta == getattr(self, name).is_meta
@@ -146,13 +149,13 @@ class IndexedModule(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, index in self._declared.items():
+        for name, index in self.index_ranges.items():
             if index.persistent:
                 destination[prefix + name] = getattr(self, name).detach()
 
     def _check_state(self, state: abc.Mapping[str, Any], prefix: str) -> None:
         # Raises where a state does not fit this module, its submodules aside.
-        for name, index in self._declared.items():
+        for name, index in self.index_ranges.items():
             if index.persistent and prefix + name in state:
                 loaded = state[prefix + name]
                 check_index(prefix + name, loaded, index.shape, index.end, index.low)
@@ -202,7 +205,7 @@ class IndexedModule(torch.nn.Module):
             weight, index = getattr(self, name), state_dict.get(prefix + index_name)
             if index is not None and weight.shape != index.shape:
                 weight.data = weight.new_zeros(index.shape)
-        own = {prefix + name: name for name, index in self._declared.items() if index.persistent}
+        own = {prefix + name: name for name, index in self.index_ranges.items() if index.persistent}
         others = {key: value for key, value in state_dict.items() if key not in own}
         for name, parameter in self._parameters.items():
             if parameter is not None and prefix + name in others:

@@ -40,6 +40,18 @@ CONVOLUTION_NAMES: dict[type[Module], str] = {StaticChebConv: "cheb", SpiralConv
 Query = str | type[Module] | Callable[..., Module]
 
 
+def name_of(query: Any) -> Any:
+    r"""The name by which a resolver finds a class. All else stays as it is.
+
+    >>> name_of(AttentionPool), name_of("qem")
+    ('attention', 'qem')
+    """
+    if inspect.isclass(query) and issubclass(query, MessagePassing):
+        return query.__name__
+    names: dict[Any, str] = {**POOLING_NAMES, **CONVOLUTION_NAMES}
+    return names.get(query, query) if inspect.isclass(query) else query
+
+
 def pooling_resolver(
     query: Query,
     hierarchy: MeshHierarchy,

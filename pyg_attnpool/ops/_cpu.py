@@ -138,7 +138,7 @@ FUNCTIONS: dict[str, tuple[list[Kind], int, Callable[..., tuple[int, ...]]]] = {
 }
 
 
-class Step(ctypes.Structure):
+class CompiledStep(ctypes.Structure):
     r"""One step of an encoder or decoder, as csrc/plan.cpp has it."""
 
     _fields_ = (
@@ -162,7 +162,7 @@ def open_library(path: Path) -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes = [c_int64] * num_sizes + [kind.ctype for kind in kinds]
         function.restype = c_int64
-    library.run_plan.argtypes = [*[c_int64] * 6, POINTER(Step), *[c_void_p] * 3]
+    library.run_plan.argtypes = [*[c_int64] * 6, POINTER(CompiledStep), *[c_void_p] * 3]
     library.run_plan.restype, library.plan_width.restype = None, c_int64
     library.checksum.argtypes = [c_int64, POINTER(c_int64), POINTER(c_void_p)]
     library.checksum.restype = ctypes.c_uint64
@@ -269,14 +269,6 @@ def _named(name: str, tensor: Tensor) -> str:
     if tensor.dtype not in DTYPES:
         raise TypeError(f"Expected numbers of {list(DTYPES)} in '{name}' (got {tensor.dtype})")
     return f"{name}_{DTYPES[tensor.dtype]}"
-
-
-def checksum(tensors: list[Tensor]) -> int:
-    r"""A number that changes with the values of contiguous tensors in single precision."""
-    assert library is not None
-    words = (c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
-    arrays = (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
-    return library.checksum(len(tensors), words, arrays)
 
 
 def spmm(

@@ -4,7 +4,7 @@ which is imported when the first one is; what fits itself, such as PCA, needs no
 from typing import TYPE_CHECKING, Any
 
 from pyg_attnpool.training.augment import jitter, rigid_motion
-from pyg_attnpool.training.fit import fit
+from pyg_attnpool.training.fit import epochs_for, fit
 from pyg_attnpool.training.folder import load_checkpoint
 from pyg_attnpool.training.process import keep_freed_memory, quiet_lightning
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 __all__ = [
     "MeshData",
     "MeshTraining",
+    "epochs_for",
     "fit",
     "jitter",
     "keep_freed_memory",

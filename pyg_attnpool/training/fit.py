@@ -198,6 +198,30 @@ def fit(
     return model.freeze() if freeze else model
 
 
+def epochs_for(steps: int, num_meshes: int, batch_size: int = 16) -> int:
+    r"""The fewest whole epochs that have a number of steps, or a few more, for :meth:`fit`.
+
+    Args:
+        steps (int): The number of steps.
+        num_meshes (int): The number of training meshes.
+        batch_size (int, optional): Meshes per step. (default: :obj:`16`)
+
+    Raises:
+        ValueError: If one of them is not positive.
+
+    Example:
+        >>> from pyg_attnpool.training import epochs_for
+        >>> epochs_for(100, num_meshes=500)  # an epoch has 32 steps
+        4
+    """
+    if min(steps, num_meshes, batch_size) < 1:
+        raise ValueError(
+            f"Expected positive numbers of steps, meshes and meshes per step (got {steps}, "
+            f"{num_meshes} and {batch_size})"
+        )
+    return -(-steps // -(-num_meshes // batch_size))
+
+
 def _prepared(model: MorphableModel, train: Any, val: Any, split: bool) -> tuple[Any, Any]:
     # Meshes that fit the model, as a tensor or a data set; without validation meshes, split.
     train, val = as_meshes(train), None if val is None else as_meshes(val)

@@ -13,6 +13,7 @@ pl = pytest.importorskip("pytorch_lightning")
 from pyg_attnpool.datasets import MeshDataset  # noqa: E402
 from pyg_attnpool.mesh import MeshHierarchy  # noqa: E402
 from pyg_attnpool.models import MorphableModel  # noqa: E402
+from pyg_attnpool.training import epochs_for  # noqa: E402
 from tests.mesh.meshes import icosphere  # noqa: E402
 from tests.training.test_fit import meshes, model  # noqa: E402
 
@@ -275,3 +276,17 @@ for use in (
     # Of 10 mm in every direction the four largest components of 19 are explained.
     assert 5 < float(error) < 16
     assert len(missed) == 2 and all('pip install "pyg_attnpool[train]"' in line for line in missed)
+
+
+@pytest.mark.parametrize("num_meshes, batch_size", [(1, 16), (16, 16), (33, 16), (100, 7)])
+@pytest.mark.parametrize("steps", [1, 3, 15, 40])
+def test_epochs_for_steps_are_the_fewest(steps, num_meshes, batch_size):
+    of_epoch = len(torch.zeros(num_meshes).split(batch_size))
+    epochs = epochs_for(steps, num_meshes, batch_size)
+    assert (epochs - 1) * of_epoch < steps <= epochs * of_epoch
+
+
+@pytest.mark.parametrize("numbers", [(0, 20, 16), (10, 0, 16), (10, 20, 0)])
+def test_epochs_of_nothing_are_refused(numbers):
+    with pytest.raises(ValueError, match="Expected positive numbers of steps"):
+        epochs_for(*numbers)

@@ -207,11 +207,11 @@ def test_settings_of_scales_variants_and_optimizers(options):
         run = Run(found, 0)
         return run["variant"], run["optimizer"], int(run["epochs"])
 
-    # 37 meshes are three steps an epoch; as many epochs as it takes to see so many batches.
+    # 37 meshes are three steps an epoch.
     qem, spirals = spectral("qem"), spiral("qem")
-    assert settings(qem, scale="small")[:3] == ("default", "one_cycle", 736)
-    assert settings(qem, scale="small", fewer=10)[2] == 74
-    assert settings(qem, steps=10)[2] == 5
+    assert settings(qem, scale="small")[:3] == ("default", "one_cycle", 567)
+    assert settings(qem, scale="small", fewer=10)[2] == 57
+    assert settings(qem, steps=10)[2] == 4
     assert settings(qem, scale="full")[:3] == ("published", "sgd", 300)
     assert settings(spirals, scale="full")[:3] == ("published", "adam", 200)
     assert settings(spirals, scale="full", variant="default")[:2] == ("default", "adam")

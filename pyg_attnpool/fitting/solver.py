@@ -1,0 +1,318 @@
+r"""The solver: Gauss-Newton steps on the latent code and the motion of a model.
+
+The latent code is small, so the decoder's Jacobian is that of central differences, all decoded in
+one batch: they need nothing of the decoder but its forward pass, and one decoder with all
+differences takes less time than the backward passes of a few vertices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyg_attnpool.datasets.align import rotations
+from pyg_attnpool.fitting.observations import Points
+from pyg_attnpool.latent import latent_axes
+from pyg_attnpool.mapping import Mapping
+
+if TYPE_CHECKING:
+    from pyg_attnpool.models import MorphableModel
+
+MotionKind = Literal["none", "rigid", "similarity"]
+FREEDOM = {"none": 0, "rigid": 6, "similarity": 7}
+
+BLOCK = 128  # meshes decoded at a time
+MESHES = 16  # meshes fitted at a time
+TOLERANCE = 1e-4  # a relative decrease of the objective that is small
+
+
+class Fit(NamedTuple):
+    r"""The mesh of a model that fits observations. Of a batch, every entry begins with
+    :obj:`B`.
+
+    Example:
+        >>> half = torch.arange(642) < 321  # the vertices that were seen
+        >>> fit = model.fit_to(meshes[0], weight=half)
+        >>> fit.mesh.shape, fit.converged
+        (torch.Size([642, 3]), tensor(True))
+    """
+
+    mesh: Tensor
+    r"""The mesh :obj:`[N, C]` in metres, where the observations are."""
+    code: Tensor
+    r"""The latent code :obj:`[latent_channels]`; decoded, it is the mesh in the model's own pose
+    :math:`\mathbf{x}`."""
+    rotation: Tensor
+    r"""The rotation :math:`\mathbf{R}` :obj:`[3, 3]` of the motion :math:`s \, \mathbf{R}
+    \mathbf{x} + \mathbf{t}` to the observations."""
+    translation: Tensor
+    r"""The translation :math:`\mathbf{t}` :obj:`[3]` in metres."""
+    scale: Tensor
+    r"""The scale :math:`s`."""
+    residuals: Tensor
+    r"""The distance in millimetres of every observed point to where the mesh has it, NaN where the
+    weight is zero; of a scan, to the surface of the mesh."""
+    converged: Tensor
+    r"""Whether the last step was small and, of a scan, most of it is explained."""
+
+
+class Motion(NamedTuple):
+    r"""The motions :math:`s \, \mathbf{R} \mathbf{x} + \mathbf{t}` of a batch, in double
+    precision."""
+
+    rotation: Tensor  # [B, 3, 3]
+    translation: Tensor  # [B, 3]
+    scale: Tensor  # [B]
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        # Points [B, P, 3].
+        return self.scale.view(-1, 1, 1) * (x @ self.rotation.mT) + self.translation.unsqueeze(1)
+
+    def to(self, like: Tensor) -> Motion:
+        return Motion(*[x.to(like) for x in self])
+
+    def moved(self, step: Tensor, centre: Tensor) -> Motion:
+        # Turned by the first three numbers of a step about a centre, shifted by the next three,
+        # scaled by the exponential of the seventh.
+        if step.size(1) == 0:
+            return self
+        turn = torch.linalg.matrix_exp(_cross_matrix(step[:, :3]))
+        factor = step[:, 6].exp() if step.size(1) > 6 else torch.ones_like(self.scale)
+        arm = (turn @ (self.translation - centre).unsqueeze(2)).squeeze(2)
+        return Motion(
+            turn @ self.rotation,
+            factor.unsqueeze(1) * arm + centre + step[:, 3:6],
+            factor * self.scale,
+        )
+
+
+def no_motion(size: int, like: Tensor) -> Motion:
+    r"""The motion that leaves everything where it is."""
+    eye = torch.eye(3, dtype=torch.double, device=like.device)
+    zero = eye.new_zeros(size, 3)
+    return Motion(eye.expand(size, 3, 3), zero, zero[:, 0] + 1)
+
+
+def procrustes(x: Tensor, y: Tensor, weight: Tensor, scale: bool) -> Motion:
+    r"""The motion of least squared distance from points :obj:`[B, P, 3]` to others (Umeyama, PAMI
+    1991)."""
+    w = (weight / weight.sum(dim=1, keepdim=True)).unsqueeze(2)
+    x_centre, y_centre = (w * x).sum(dim=1, keepdim=True), (w * y).sum(dim=1, keepdim=True)
+    x, y = x - x_centre, y - y_centre
+    turn = rotations(w * x, y)
+    factor = x.new_ones(len(x))
+    if scale:
+        factor = (w * (x @ turn.mT) * y).sum(dim=(1, 2)) / (w * x * x).sum(dim=(1, 2)).clamp(1e-30)
+        factor = factor.clamp(min=1e-3)
+    translation = y_centre - factor.view(-1, 1, 1) * (x_centre @ turn.mT)
+    return Motion(turn, translation.squeeze(1), factor)
+
+
+def _cross_matrix(v: Tensor) -> Tensor:
+    # The matrices [..., 3, 3] of the cross product with vectors [..., 3].
+    eye = torch.eye(3).to(v).expand(*v.shape, 3)
+    return torch.linalg.cross(v.unsqueeze(-1).expand_as(eye), eye, dim=-2)
+
+
+class Decoder:
+    r"""Meshes and their derivatives by white codes :math:`\mathbf{w}`: :math:`\mathbf{z} =
+    \mathbf{z}_0 + \mathbf{A} \mathbf{w}`, where the codes of the training meshes have the
+    covariance :math:`\mathbf{A} \mathbf{A}^{\top}`. The prior of :math:`\mathbf{w}` is its squared
+    length, and a dimension of the latent code that no training mesh uses is none of
+    :math:`\mathbf{w}`."""
+
+    def __init__(self, model: MorphableModel, origin: Tensor | None = None):
+        self.model = model
+        axes = latent_axes(model)
+        self.axes = axes[:, axes.square().sum(dim=0) > 0].double()
+        self.origin = (model.latent_mean if origin is None else origin).double()
+        self.size = self.axes.size(1)
+        # The cube root of the precision balances rounding and curvature.
+        self.step = torch.finfo(model.mean.dtype).eps ** (1 / 3)
+
+    def code(self, w: Tensor) -> Tensor:
+        return (self.origin + w @ self.axes.t()).to(self.model.mean.dtype)
+
+    def __call__(self, w: Tensor) -> Tensor:
+        # Coordinates and derivatives [B, N, 3, 1 + size] in double precision, for w [B, size].
+        eye = self.step * torch.eye(self.size).to(w)
+        offsets = torch.cat([torch.zeros_like(eye[:1]), eye, -eye])
+        z = self.code(w.unsqueeze(1) + offsets).flatten(0, 1)
+        # Not through the units: adding the mean would round the differences.
+        decode = self.model.autoencoder.decode
+        out = torch.cat([decode(part)[..., :3].double() for part in z.split(BLOCK)])
+        out = self.model.std[:, :3].double() * out
+        out = out.view(len(w), -1, *out.shape[1:]).movedim(1, -1)
+        x, up, down = out.split([1, self.size, self.size], dim=-1)
+        x = x + self.model.mean[:, :3].double().unsqueeze(-1)
+        return torch.cat([x, (up - down) / (2 * self.step)], dim=-1)
+
+
+class State(NamedTuple):
+    r"""White codes and motions, which the steps change."""
+
+    w: Tensor  # [B, size]
+    motion: Motion
+
+    def moved(self, step: Tensor, centre: Tensor) -> State:
+        size = self.w.size(1)
+        return State(self.w + step[:, :size], self.motion.moved(step[:, size:], centre))
+
+
+def linearised(features: Tensor, state: State, freedom: int) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Moved vertices :obj:`[B, N, 3]`, their derivatives :obj:`[B, N, 3, size + freedom]` by a
+    step, and the centre :obj:`[B, 3]` that a step turns about, of coordinates and derivatives
+    :obj:`[B, N, 3, 1 + size]`."""
+    motion = state.motion
+    y = motion @ features[..., 0]
+    centre = y.mean(dim=1)
+    turn = motion.scale.view(-1, 1, 1) * motion.rotation
+    parts = [torch.einsum("bij,bpjd->bpid", turn, features[..., 1:])]
+    if freedom:
+        arm = y - centre.unsqueeze(1)
+        eye = torch.eye(3).to(y).expand(*y.shape, 3)
+        parts += [-_cross_matrix(arm), eye, arm.unsqueeze(-1)][: 2 if freedom == 6 else 3]
+    return y, torch.cat(parts, dim=-1), centre
+
+
+def damped_step(hessian: Tensor, gradient: Tensor, damping: Tensor) -> Tensor:
+    r"""A damped step (Marquardt)."""
+    # The floor leaves alone what nothing depends on.
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    floor = 1e-12 * diagonal.amax(dim=1, keepdim=True) + 1e-300
+    return torch.linalg.solve(
+        hessian + torch.diag_embed(damping.unsqueeze(1) * diagonal + floor), gradient
+    )
+
+
+def least_squares(points: Points, moved: Tensor, jacobian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Second derivative and gradient of half the weighted squares of points, and the squares
+    :obj:`[B]`."""
+    offset = points.position - points.mapping @ moved
+    weighted = points.weight.unsqueeze(2) * offset
+    at = (points.mapping @ jacobian.flatten(2)).view(*offset.shape, -1)
+    left = (points.weight.view(*points.weight.shape, 1, 1) * at).flatten(1, 2)
+    gradient = (at.flatten(1, 2).mT @ weighted.flatten(1).unsqueeze(2)).squeeze(2)
+    return left.mT @ at.flatten(1, 2), gradient, (weighted * offset).sum(dim=(1, 2))
+
+
+def _equations(
+    decoder: Decoder, points: Points, state: State, freedom: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # With the prior of the code; and the centre that a step turns about.
+    moved, jacobian, centre = linearised(decoder(state.w), state, freedom)
+    hessian, gradient, squares = least_squares(points, moved, jacobian)
+    objective = squares + state.w.square().sum(dim=1)
+    return *with_prior(hessian, gradient, state), objective, centre
+
+
+def with_prior(hessian: Tensor, gradient: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    r"""Second derivative and gradient together with those of the prior of the code."""
+    size = state.w.size(1)
+    prior = torch.zeros_like(gradient)
+    prior[:, :size] = 1
+    gradient = gradient.clone()
+    gradient[:, :size] -= state.w
+    return hessian + torch.diag_embed(prior), gradient
+
+
+def levenberg_marquardt(
+    decoder: Decoder, points: Points, state: State, freedom: int, max_iterations: int
+) -> tuple[State, Tensor]:
+    r"""The minimum for points with known counterparts, and whether it was reached."""
+    hessian, gradient, objective, centre = _equations(decoder, points, state, freedom)
+    damping = torch.full_like(objective, 1e-6)
+    converged = torch.zeros_like(objective, dtype=torch.bool)
+    for _ in range(max_iterations):
+        trial = state.moved(damped_step(hessian, gradient, damping), centre)
+        new = _equations(decoder, points, trial, freedom)
+        better = (new[2] <= objective) & ~converged
+        small = (objective - new[2]).abs() <= TOLERANCE * objective
+        state = _where(better, trial, state)
+        # At the minimum rounding decides whether a step is better: a small one ends either way.
+        converged = converged | small
+        hessian, gradient, objective, centre = (
+            _choose(better, a, b)
+            for a, b in zip(new, (hessian, gradient, objective, centre), strict=True)
+        )
+        # A decoder of ReLUs has kinks: after many good steps one bad step wants much damping.
+        damping = torch.where(better, damping / 10, (10 * damping).clamp(min=1e-2))
+        if converged.all():
+            break
+    return state, converged
+
+
+def _choose(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+
+def _where(mask: Tensor, a: State, b: State) -> State:
+    motion = (_choose(mask, x, y) for x, y in zip(a.motion, b.motion, strict=True))
+    return State(_choose(mask, a.w, b.w), Motion(*motion))
+
+
+def fit_points(
+    decoder: Decoder,
+    known: list[Points],
+    motion: MotionKind,
+    noise: float,
+    max_iterations: int,
+) -> Fit:
+    r"""One fit per mesh of the batch. The residuals are those of the first points."""
+    size = max(len(points.position) for points in known)
+    for points in known:
+        if len(points.position) not in (1, size):
+            raise ValueError(
+                f"Expected observations of one or {size} meshes (got {len(points.position)})"
+            )
+    every = joined(known, size, noise)
+    seen = (every.weight > 0).sum(dim=1).min().item()
+    if motion != "none" and seen < 3:
+        raise ValueError(f"Expected at least three points for a motion (got {seen})")
+    parts = []
+    for i in range(0, size, MESHES):
+        part = every._replace(
+            position=every.position[i : i + MESHES], weight=every.weight[i : i + MESHES]
+        )
+        w = part.position.new_zeros(len(part.position), decoder.size)
+        pose = no_motion(len(w), w)
+        if motion != "none":
+            mean = (part.mapping @ decoder(w[:1])[..., 0]).expand_as(part.position)
+            pose = procrustes(mean, part.position, part.weight, motion == "similarity")
+        state = State(w, pose)
+        parts.append(levenberg_marquardt(decoder, part, state, FREEDOM[motion], max_iterations))
+    states, converged = zip(*parts, strict=True)
+    w = torch.cat([state.w for state in states])
+    pose = Motion(*map(torch.cat, zip(*(state.motion for state in states), strict=True)))
+    mesh, code = decoded(decoder, State(w, pose))
+    first = known[0]
+    found = first.mapping @ mesh[..., :3].double()
+    residuals = 1000 * (found - first.position).norm(dim=-1)
+    residuals = residuals.masked_fill(first.weight == 0, torch.nan)
+    pose = pose.to(mesh)
+    fit = Fit(mesh, code, *pose, residuals.to(mesh), torch.cat(converged))
+    return Fit(*[x[0] for x in fit]) if all(points.single for points in known) else fit
+
+
+def joined(known: list[Points], size: int, noise: float) -> Points:
+    r"""All points as one, each weight over the variance of the noise."""
+    k = max(points.mapping.k for points in known)
+    pad = torch.nn.functional.pad
+    index = torch.cat([pad(p.mapping.index, (0, k - p.mapping.k)) for p in known])
+    slots = torch.cat([pad(p.mapping.weight, (0, k - p.mapping.k)) for p in known])
+    return Points(
+        Mapping(index, slots, known[0].mapping.num_source),
+        torch.cat([p.position.expand(size, -1, -1) for p in known], dim=1),
+        torch.cat([p.weight.expand(size, -1) for p in known], dim=1) / noise**2,
+        False,
+    )
+
+
+def decoded(decoder: Decoder, state: State) -> tuple[Tensor, Tensor]:
+    r"""The moved meshes :obj:`[B, N, C]` and their codes."""
+    code = decoder.code(state.w)
+    mesh = torch.cat([decoder.model.decode(part) for part in code.split(BLOCK)])
+    coordinates = state.motion @ mesh[..., :3].double()
+    return torch.cat([coordinates.to(mesh.dtype), mesh[..., 3:]], dim=-1), code
