@@ -30,7 +30,7 @@ from pyg_attnpool.mesh import read_scan
 from pyg_attnpool.mesh.closest import closest_points
 from pyg_attnpool.mesh.normals import vertex_normals
 from pyg_attnpool.metrics import evaluating
-from pyg_attnpool.units import metres
+from pyg_attnpool.units import metres, one_warning, warn_millimetres
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
@@ -80,6 +80,7 @@ class Fit(NamedTuple):
 
 
 @torch.no_grad()
+@one_warning()
 def fit_to(
     model: MorphableModel,
     observations: Any = None,
@@ -177,11 +178,16 @@ def fit_to(
         raise ValueError("Expected 'weight' of the vertices of a mesh (got no mesh)")
     if not known:
         raise ValueError("Expected observations or landmarks (got none)")
+    if motion != "similarity":  # which brings any unit to that of the model
+        for points in known:
+            for position, weight in zip(points.position, points.weight, strict=True):
+                warn_millimetres("observations", position[weight > 0])
     with evaluating(model):
         return _fit_points(_Decoder(model), known, motion or "none", noise, max_iterations)
 
 
 @torch.no_grad()
+@one_warning()
 def edit(
     model: MorphableModel,
     x: Any,
