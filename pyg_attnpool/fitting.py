@@ -29,7 +29,7 @@ from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh import read_scan
 from pyg_attnpool.mesh.closest import closest_points
 from pyg_attnpool.mesh.normals import vertex_normals
-from pyg_attnpool.metrics import evaluating
+from pyg_attnpool.metrics import evaluating, vertex_distances
 from pyg_attnpool.units import metres, one_warning, warn_millimetres
 
 if TYPE_CHECKING:
@@ -645,7 +645,7 @@ def _fit_points(
     mesh, code = _mesh(decoder, _State(w, pose))
     first = known[0]
     found = first.mapping @ mesh[..., :3].double()
-    residuals = 1000 * (found - first.position).norm(dim=-1)
+    residuals = vertex_distances(found, first.position)
     residuals = residuals.masked_fill(first.weight == 0, torch.nan)
     pose = pose.to(mesh)
     fit = Fit(mesh, code, *pose, residuals.to(mesh), torch.cat(converged))
