@@ -12,6 +12,7 @@ from numpy import ndarray
 from torch import Tensor
 
 from pyg_attnpool.metrics import evaluating
+from pyg_attnpool.units import one_warning
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
@@ -173,6 +174,7 @@ def latent_axes(model: MorphableModel) -> Tensor:
     return (axes * variance.sqrt()).flip(1).to(model.latent_cov.dtype)
 
 
+@one_warning()
 def as_codes(model: MorphableModel, **inputs: Any) -> tuple[list[Tensor], bool]:
     r"""Meshes :obj:`[N, C]` or :obj:`[B, N, C]` and codes :obj:`[latent_channels]` or
     :obj:`[B, latent_channels]`, by name, as codes :obj:`[B, latent_channels]` of one batch, and

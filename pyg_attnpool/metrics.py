@@ -3,7 +3,6 @@ r"""Errors of morphable models, in millimetres, and what makes a good model of a
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,13 +12,14 @@ import torch
 from torch import Tensor
 
 from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
+from pyg_attnpool.units import one_warning, warn_millimetres
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
 
 KEPT = 1 << 24  # distances beyond which meshes are reconstructed again rather than all kept
 DIGIT = 16  # bits
-LARGEST = 20.0  # metres about the centre, beyond which coordinates look like millimetres
+BLOCK = 64  # meshes whose size is looked at
 
 
 def vertex_distances(out: Tensor, x: Tensor) -> Tensor:
@@ -40,6 +40,7 @@ def vertex_distances(out: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+@one_warning()
 def reconstruction_error(
     model: MorphableModel, meshes: Any, batch_size: int = 64
 ) -> dict[str, Any]:
@@ -92,6 +93,7 @@ def reconstruction_error(
 
 
 @torch.no_grad()
+@one_warning()
 def error_quantiles(
     model: MorphableModel, meshes: Any, q: Sequence[float], batch_size: int = 64
 ) -> list[float]:
@@ -231,6 +233,7 @@ def _digit(count: Tensor, bits: int, rank: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
+@one_warning()
 def encode_all(model: MorphableModel, meshes: Any, batch_size: int = 64) -> Tensor:
     r"""The latent codes :obj:`[M, latent_channels]` of meshes :obj:`[M, N, C]` in metres."""
     meshes = _prepared(model, "meshes", meshes)
@@ -309,6 +312,7 @@ def specificity(samples: Tensor, meshes: Tensor) -> float:
 
 
 @torch.no_grad()
+@one_warning()
 def compactness(model: MorphableModel, meshes: Any, batch_size: int = 64) -> Tensor:
     r"""How much of the variance of a model's meshes few directions hold: the cumulative variance
     along the principal directions of the reconstructed meshes. Large at the front is good. For PCA
@@ -407,6 +411,7 @@ def _at_least_two(name: str, x: Tensor) -> None:
 
 
 @torch.no_grad()
+@one_warning()
 def generation(
     model: MorphableModel,
     train: Any,
@@ -462,20 +467,6 @@ def _spread(x: Any, n: int) -> Any:
     return x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()]
 
 
-def warn_millimetres(name: str, x: Tensor) -> bool:
-    r"""Says in one warning line where coordinates of a model of metres look like millimetres."""
-    if x.abs().amax().item() <= LARGEST / 2:  # no point is further from the centre than twice that
-        return False
-    largest = (x[..., :3] - x[..., :3].mean(dim=-2, keepdim=True)).abs().amax().item()
-    if largest > LARGEST:
-        warnings.warn(
-            f"Expected {name} in metres (got coordinates {largest:.0f} away from their centre, "
-            f"which look like millimetres: divide by 1000, or read files with unit='mm')",
-            stacklevel=3,
-        )
-    return largest > LARGEST
-
-
 def _prepared(model: MorphableModel, name: str, meshes: Any) -> Any:
     if not hasattr(model, "unit"):
         raise TypeError(
@@ -484,6 +475,7 @@ def _prepared(model: MorphableModel, name: str, meshes: Any) -> Any:
         )
     meshes = as_meshes(meshes)
     check_meshes(name, meshes, model.num_vertices, model.in_channels)
+    warn_millimetres(name, next(blocks(meshes, BLOCK)))
     return meshes
 
 

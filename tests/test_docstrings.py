@@ -20,7 +20,7 @@ MODULES = [
 ROOMS = ("nn", "models", "mesh", "datasets", "training", "fitting", "visualize")
 FILES = ("export", "latent", "metrics")
 # Shown by the examples of the classes that they belong to.
-TOLD_ELSEWHERE = {"encode_all", "evaluating", "warn_millimetres", "quiet_lightning"}
+TOLD_ELSEWHERE = {"encode_all", "evaluating", "quiet_lightning"}
 
 
 @pytest.fixture(scope="session")

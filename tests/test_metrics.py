@@ -17,7 +17,6 @@ from pyg_attnpool.metrics import (
     nearest_neighbor_accuracy,
     specificity,
     vertex_distances,
-    warn_millimetres,
 )
 from pyg_attnpool.models import MorphableModel
 from tests.mesh.meshes import icosphere
@@ -146,14 +145,6 @@ def test_all_forms_of_meshes_have_one_error():
     ):
         with pytest.raises(error, match=match):
             model.evaluate(bad)
-
-
-def test_millimetres_are_noticed():
-    x = meshes(2)
-    assert not warn_millimetres("meshes", x)
-    with pytest.warns(UserWarning, match="Expected scans in metres .*millimetres"):
-        assert warn_millimetres("scans", 100 * x)
-    assert not warn_millimetres("meshes", x + 1e6)  # far away, but small
 
 
 def linear_model(num=60, latent_channels=4):

@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.peers.data import SETS
 from pyg_attnpool.datasets.anny.detail import operators
 from pyg_attnpool.files import replacing
+from pyg_attnpool.metrics import vertex_distances
 
 COMPONENTS = (2, 4, 8, 16, 32, 64, 128)
 BANDS = (1, 10, 30, 100, 300, 600)  # numbers of eigenvectors, the constant one first
@@ -86,8 +87,9 @@ def pca_errors(train: Tensor, test: Tensor, components: Sequence[int]) -> list[f
     code = y @ basis
     errors = []
     for num in components:
-        left = y - code[:, most - num :] @ basis[:, most - num :].t()
-        errors.append(1000 * left.view(len(y), -1, 3).norm(dim=-1).mean().item())
+        out = code[:, most - num :] @ basis[:, most - num :].t()
+        both = (meshes.view(len(y), -1, 3) for meshes in (out, y))  # about the mean
+        errors.append(vertex_distances(*both).mean().item())
     return errors
 
 

@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from numpy import ndarray
 from torch import Tensor
+
+from pyg_attnpool.datasets.inputs import as_tensor
+from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 
 ROUNDS = 100  # at most; meshes of one class take a few
 
@@ -41,17 +45,19 @@ class Alignment(NamedTuple):
     scaled: bool = False
     r"""Whether sizes were made equal."""
 
-    def bring(self, meshes: Tensor) -> Alignment:
-        r"""Brings further meshes :obj:`[B, N, C]` into this pose: each for itself is fitted to
-        :attr:`mean`.
+    def bring(self, meshes: Any) -> Alignment:
+        r"""Brings further meshes :obj:`[B, N, C]`, in the forms that :func:`align` takes, into this
+        pose: each for itself is fitted to :attr:`mean`.
 
         Returns:
             Their own alignment, whose :meth:`undo` takes them, or what a model has made of them,
             back to where they were.
 
         Raises:
+            TypeError: As :func:`align` does.
             ValueError: If the shapes do not fit or a coordinate is not finite.
         """
+        meshes = as_tensor(meshes)
         _check(meshes, self.mean)
         mean = self.mean.to(meshes.device)
         rotation, factor, centre, _ = _fitted(meshes, mean, self.scaled)
@@ -59,13 +65,15 @@ class Alignment(NamedTuple):
         vertices = _moved(meshes, rotation, factor, translation)
         return Alignment(vertices, rotation, translation, factor, mean, self.scaled)
 
-    def undo(self, vertices: Tensor) -> Tensor:
+    def undo(self, vertices: Any) -> Tensor:
         r"""Takes meshes :obj:`[M, N, C]` of the common pose back to where they were. If the motion
         is that of a single mesh, there may be any number of meshes, which all go there.
 
         Raises:
+            TypeError: As :func:`align` does.
             ValueError: If there are not as many meshes as motions.
         """
+        vertices = as_tensor(vertices)
         num = len(vertices)
         if vertices.dim() != 3 or len(self.scale) not in (1, num):
             raise ValueError(
@@ -86,7 +94,7 @@ class Alignment(NamedTuple):
         return self._replace(**{name: getattr(self, name)[index] for name in names})
 
 
-def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) -> Alignment:
+def align(meshes: Any, scale: bool = False, reference: Tensor | ndarray | None = None) -> Alignment:
     r"""Turns and moves registered meshes into one pose by generalised Procrustes analysis (Gower,
     Psychometrika 1975): every mesh is fitted to the mean, by the rotation of least squared
     distance (no reflection), until the mean stays.
@@ -94,14 +102,17 @@ def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) 
     Sequences with a motion of the whole body say little about shape until this is taken away.
 
     Args:
-        meshes (torch.Tensor): Meshes :obj:`[M, N, C]`. Further features than the first three stay
-            as they are, normals too.
+        meshes (torch.Tensor, MeshDataset, numpy.ndarray or list): Floating point meshes
+            :obj:`[M, N, C]`, or :class:`~torch_geometric.data.Data` objects. The aligned ones are a
+            tensor of their type. Further features than the first three stay as they are, so
+            normals are not turned.
         scale (bool, optional): If set to :obj:`True`, sizes are made equal as well.
             (default: :obj:`False`)
-        reference (torch.Tensor, optional): Vertices :obj:`[N, 3]` in the pose that all shall have.
-            If :obj:`None`, those of the first mesh. (default: :obj:`None`)
+        reference (torch.Tensor or numpy.ndarray, optional): Vertices :obj:`[N, 3]` in the pose that
+            all shall have. If :obj:`None`, those of the first mesh. (default: :obj:`None`)
 
     Raises:
+        TypeError: If the meshes are in another form, or not floating point.
         ValueError: If the shapes do not fit or a coordinate is not finite.
 
     Example:
@@ -111,6 +122,13 @@ def align(meshes: Tensor, scale: bool = False, reference: Tensor | None = None) 
         >>> torch.allclose(aligned[1], aligned[0], atol=1e-5)
         True
     """
+    meshes = as_tensor(meshes)
+    if isinstance(reference, ndarray):
+        reference = torch.from_numpy(reference)
+    if reference is not None and not isinstance(reference, Tensor):
+        raise TypeError(
+            f"Expected 'reference' as a tensor or array (got {type(reference).__name__})"
+        )
     _check(meshes, reference)
     pose = meshes[0, :, :3].double() if reference is None else reference.double()
     pose = pose.to(meshes.device)
@@ -140,9 +158,9 @@ def rotations(x: Tensor, target: Tensor) -> Tensor:
     return (u @ vt).mT
 
 
-def looks_unaligned(meshes: Tensor) -> bool:
-    r"""Whether meshes :obj:`[M, N, C]` are turned and placed so differently that they want
-    :meth:`align`, by some 64 of them.
+def looks_unaligned(meshes: Any) -> bool:
+    r"""Whether meshes :obj:`[M, N, C]`, in the forms that :meth:`align` takes, are turned and
+    placed so differently that they want it, by some 64 of them.
 
     Meshes that bend, too, come closer to each other by a motion of the whole. But a part of them
     keeps its place, as the wrist of hands does. So it is the hundredth of the vertices that moves
@@ -150,12 +168,19 @@ def looks_unaligned(meshes: Tensor) -> bool:
     squared distances to the mean, and more than a twentieth of the size of a mesh, they look
     unaligned.
 
+    Raises:
+        TypeError: As :func:`align` does.
+        ValueError: If the shape does not fit or a coordinate is not finite.
+
     Example:
         >>> x = torch.randn(1, 50, 3) + 0.01 * torch.randn(8, 50, 3)
         >>> looks_unaligned(x), looks_unaligned(x + 10 * torch.randn(8, 1, 3))
         (False, True)
     """
-    x = meshes[:: max(1, len(meshes) // 64), :, :3].double()
+    meshes = meshes if isinstance(meshes, MeshDataset) else as_tensor(meshes)
+    x = as_tensor(meshes[:: max(1, len(meshes) // 64)])
+    _check(x, None)
+    x = x[..., :3].double()
     if len(x) < 2:
         return False
     moves = (x - x.mean(dim=0)).square().sum(dim=-1).mean(dim=0)

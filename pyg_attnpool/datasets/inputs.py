@@ -31,6 +31,23 @@ def as_meshes(meshes: Any) -> Tensor | MeshDataset:
     """
     if isinstance(meshes, MeshDataset):
         return meshes
+    meshes = as_tensor(meshes)
+    if meshes.dtype == torch.float64 and meshes.dim() == 3:
+        for i, mesh in enumerate(meshes[..., :3]):
+            in_single_precision(f"mesh {i}", mesh.numpy(force=True))
+    return meshes.float()
+
+
+def as_tensor(meshes: Any) -> Tensor:
+    r"""Meshes in any form that :func:`as_meshes` takes as one tensor :obj:`[M, N, C]` of the type
+    that they have; a data set is read as a whole.
+
+    Raises:
+        TypeError: As :func:`as_meshes` does.
+        ValueError: If a :class:`~torch_geometric.data.Data` object differs from the first.
+    """
+    if isinstance(meshes, MeshDataset):
+        meshes = meshes.read(torch.arange(len(meshes)))
     if isinstance(meshes, ndarray):
         meshes = torch.from_numpy(np.ascontiguousarray(meshes))
     if isinstance(meshes, list | tuple) and meshes and all(isinstance(m, Data) for m in meshes):
@@ -42,10 +59,7 @@ def as_meshes(meshes: Any) -> Tensor | MeshDataset:
         )
     if not meshes.is_floating_point():
         raise TypeError(f"Expected floating point meshes (got {meshes.dtype})")
-    if meshes.dtype == torch.float64 and meshes.dim() == 3:
-        for i, mesh in enumerate(meshes[..., :3]):
-            in_single_precision(f"mesh {i}", mesh.numpy(force=True))
-    return meshes.float()
+    return meshes
 
 
 def check_meshes(

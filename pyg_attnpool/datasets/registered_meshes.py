@@ -54,7 +54,8 @@ class RegisteredMeshes(MeshDataset):
             further features in this order: :obj:`"color"`, :obj:`"normal"` or the name of a
             property (:meth:`~pyg_attnpool.mesh.read_features`). (default: :obj:`()`)
         align (bool, optional): If set to :obj:`True`, turns and moves every mesh onto the template
-            (:func:`~pyg_attnpool.datasets.align`); :attr:`alignment` has the motions.
+            (:func:`~pyg_attnpool.datasets.align`); :attr:`alignment` has the motions. Features
+            beyond coordinates stay as they are in the files, so normals are not turned along.
             (default: :obj:`False`)
         same_surface (bool, optional): If set to :obj:`True`, the files of a folder may list the
             faces of the template in another order, and begin each at another corner.

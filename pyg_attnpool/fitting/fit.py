@@ -14,6 +14,7 @@ from pyg_attnpool.fitting.scan import fit_scan
 from pyg_attnpool.fitting.solver import FREEDOM, Decoder, Fit, MotionKind, fit_points
 from pyg_attnpool.latent import as_codes
 from pyg_attnpool.metrics import evaluating
+from pyg_attnpool.units import one_warning, warn_millimetres
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
@@ -22,6 +23,7 @@ NOISE = 0.001  # metres
 
 
 @torch.no_grad()
+@one_warning()
 def fit_to(
     model: MorphableModel,
     observations: Any = None,
@@ -120,11 +122,16 @@ def fit_to(
         raise ValueError("Expected 'weight' of the vertices of a mesh (got no mesh)")
     if not known:
         raise ValueError("Expected observations or landmarks (got none)")
+    if motion != "similarity":  # which brings any unit to that of the model
+        for points in known:
+            for position, weight in zip(points.position, points.weight, strict=True):
+                warn_millimetres("observations", position[weight > 0])
     with evaluating(model):
         return fit_points(Decoder(model), known, motion or "none", noise, max_iterations)
 
 
 @torch.no_grad()
+@one_warning()
 def edit(
     model: MorphableModel,
     x: Any,

@@ -16,6 +16,7 @@ from pyg_attnpool.datasets.align import rotations
 from pyg_attnpool.fitting.observations import Points
 from pyg_attnpool.latent import latent_axes
 from pyg_attnpool.mapping import Mapping
+from pyg_attnpool.metrics import vertex_distances
 
 if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
@@ -289,7 +290,7 @@ def fit_points(
     mesh, code = decoded(decoder, State(w, pose))
     first = known[0]
     found = first.mapping @ mesh[..., :3].double()
-    residuals = 1000 * (found - first.position).norm(dim=-1)
+    residuals = vertex_distances(found, first.position)
     residuals = residuals.masked_fill(first.weight == 0, torch.nan)
     pose = pose.to(mesh)
     fit = Fit(mesh, code, *pose, residuals.to(mesh), torch.cat(converged))

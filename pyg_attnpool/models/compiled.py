@@ -13,6 +13,7 @@ from numpy import ndarray
 from scipy.sparse import csr_array
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.modules.module import _has_any_global_hook
 
 from pyg_attnpool.models.plan import (
     Activation,
@@ -28,6 +29,7 @@ from pyg_attnpool.models.plan import (
     encoder_plan,
 )
 from pyg_attnpool.nn.base import IndexedModule, PoolingLayer
+from pyg_attnpool.ops.backend import composing
 from pyg_attnpool.ops.plan import (
     ACTIVATIONS,
     CHEBYSHEV,
@@ -415,7 +417,8 @@ def compiled_encoder(model: MorphableModel) -> CompiledPlan | None:
 def compiled_decoder(model: MorphableModel) -> CompiledPlan | None:
     r"""The compiled decoder of a model as it is now. :obj:`None` where the model is not frozen,
     holds a layer that has no compiled step or hooks, is not in single precision on
-    the CPU, or there is no compiled library.
+    the CPU, or there is no compiled library; and where hooks of all modules are registered, or
+    every operation has to be one of PyTorch's (:func:`~pyg_attnpool.ops.backend.composing`).
 
     The decoder is made again when the model has changed, in whatever way: a number in its values, a
     layer, a hook or a method. An index is known by its tensor and PyTorch's count of edits, which
@@ -428,6 +431,8 @@ def compiled_decoder(model: MorphableModel) -> CompiledPlan | None:
 def _compiled(model: MorphableModel, plan: Plan) -> CompiledPlan | None:
     mean = model.mean
     if not available() or mean.dtype != torch.float32 or not mean.is_cpu:
+        return None
+    if composing() or _has_any_global_hook():  # somebody watches every operation or layer
         return None
     state = _state(model)
     if state is None:

@@ -20,7 +20,8 @@ from pyg_attnpool.models.neural3dmm import neural3dmm
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.base import IndexedModule
 from pyg_attnpool.nn.freeze import freeze
-from pyg_attnpool.units import metres
+from pyg_attnpool.ops.backend import readable
+from pyg_attnpool.units import metres, one_warning, warn_millimetres
 
 if TYPE_CHECKING:
     from pyg_attnpool.fitting import Fit
@@ -109,6 +110,7 @@ class MorphableModel(IndexedModule):
         if dtype == torch.float32:
             in_single_precision("a template", vertices)
         coordinates = torch.from_numpy(vertices).to(dtype)
+        warn_millimetres("a template", coordinates)
         # Until there are training meshes, the model is about its template.
         mean = torch.zeros(len(vertices), in_channels, dtype=dtype)
         if getattr(autoencoder, "standardized", True):
@@ -235,7 +237,8 @@ class MorphableModel(IndexedModule):
     def encode(self, x: Tensor) -> Tensor:
         r"""Meshes :obj:`[B, N, C]` in metres to latent codes :obj:`[B, latent_channels]`.
 
-        A frozen model on the CPU encodes in one compiled call, as :meth:`decode` does.
+        A frozen model on the CPU encodes in one compiled call, as :meth:`decode` does. On the CPU,
+        meshes of the size of millimetres get a warning; a GPU is not waited for.
 
         Raises:
             TypeError: If the meshes are no floating point tensor or array.
@@ -243,8 +246,6 @@ class MorphableModel(IndexedModule):
         """
         x = self._checked("meshes", x, self.mean.shape)
         if _has_values(x):
-            from pyg_attnpool.metrics import warn_millimetres
-
             warn_millimetres("meshes", x)
             if not torch.is_grad_enabled():
                 compiled = compiled_encoder(self)
@@ -357,6 +358,7 @@ class MorphableModel(IndexedModule):
         from pyg_attnpool.mesh import write_mesh
 
         (x,) = self._checked("a mesh", torch.as_tensor(vertices).unsqueeze(0), self.mean.shape)
+        warn_millimetres("a mesh", x)
         array = x.numpy(force=True).astype(np.float64)
         further = {f"feature_{i}": array[:, i : i + 1] for i in range(3, array.shape[1])}
         coordinates = array[:, :3] / metres(self.unit)
@@ -507,6 +509,7 @@ class MorphableModel(IndexedModule):
 
         return push_to_hub(self, repository, private, token, message)
 
+    @one_warning()
     def export(self, path: str | Path, **kwargs: Any) -> float:
         r"""Writes the frozen model as one file that runs without this package: :obj:`.pt2`
         (:func:`torch.export`) or :obj:`.onnx`, meshes :obj:`[B, N, C]` in metres to their
@@ -565,7 +568,5 @@ def _hierarchy(template: Template, unit: str) -> MeshHierarchy:
 
 
 def _has_values(x: Tensor) -> bool:
-    # Not while a graph is traced or samples are batched by vmap, nor where a look waits for a GPU.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    transformed = torch._C._are_functorch_transforms_active()
-    return not traced and not transformed and x.device.type == "cpu" and x.numel() > 0
+    # Not where a look waits for a GPU.
+    return readable(x) and x.is_cpu and x.numel() > 0

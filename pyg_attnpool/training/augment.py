@@ -10,7 +10,8 @@ from torch import Tensor
 
 
 def rigid_motion(angle: float = 10.0, shift: float = 0.0) -> Callable[[Tensor], Tensor]:
-    r"""Turns every mesh about its own centre, and moves it.
+    r"""Turns every mesh about its own centre, and moves it. Features beyond coordinates stay as
+    they are, so normals among them are not turned along.
 
     Args:
         angle (float, optional): The largest angle in degrees, about a random axis.

@@ -18,12 +18,12 @@ from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.splits import of_every
 from pyg_attnpool.files import digest
-from pyg_attnpool.metrics import warn_millimetres
 from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.models.autoencoder import divergence, is_variational
 from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked
 from pyg_attnpool.training.process import seed_process
 from pyg_attnpool.training.statistics import BLOCK, statistics
+from pyg_attnpool.units import one_warning, warn_millimetres
 
 if TYPE_CHECKING:
     from pyg_attnpool.training.lightning import pl
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 COLLAPSED = 0.01  # nats, of a channel that tells nothing of a mesh
 
 
+@one_warning()
 def fit(
     model: MorphableModel,
     train: Any,
@@ -231,7 +232,7 @@ def _prepared(model: MorphableModel, train: Any, val: Any, split: bool) -> tuple
     for name, meshes in (("training meshes", train), ("validation meshes", val)):
         if meshes is not None:
             check_meshes(name, meshes, model.num_vertices, model.in_channels)
-    warn_millimetres("training meshes", next(blocks(train, BLOCK)))
+            warn_millimetres(name, next(blocks(meshes, BLOCK)))
     return train, val
 
 

@@ -25,6 +25,10 @@ RATES = {"one_cycle": 3e-3, "muon": 1e-2, "sgd": 8e-3, "adam": 1e-3}
 # Whose rates depend on the number of all steps.
 ONE_CYCLE = ("one_cycle", "muon")
 
+# What a function as optimizer makes, among the settings of a run: two functions may have one name,
+# as `<lambda>`.
+MADE = "made optimizer"
+
 Optimizer = str | Callable[[Iterable[Parameter]], torch.optim.Optimizer]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -118,6 +122,7 @@ class MeshTraining(pl.LightningModule):
         self.transform = transform
         self.settings = {
             "optimizer": plain(optimizer),
+            MADE: None if isinstance(optimizer, str) else _described(self._made(optimizer)),
             "lr": self.lr,
             "loss": plain(self.loss_function),
             "transform": plain(transform),
@@ -133,13 +138,24 @@ class MeshTraining(pl.LightningModule):
         self.compile_step = compile
         self.compiled_loss: Callable[[Tensor], Tensor] | None = None
 
+    def _made(self, optimizer: Callable[..., Any]) -> torch.optim.Optimizer:
+        made = optimizer(self.parameters())
+        if not isinstance(made, torch.optim.Optimizer):
+            raise TypeError(
+                f"Expected 'optimizer' to make an optimizer (got {type(made).__name__})"
+            )
+        return made
+
     def loss(self, x: Tensor) -> Tensor:
         r"""The loss of meshes :obj:`[B, N, C]` in metres."""
         target, network = self.model.standardize(x), self.model.autoencoder
         if is_variational(network):
             loss = network.objective(target, self.loss_function, self.steps)
         else:
-            loss = self.loss_function(network(target), target)
+            # A network of a user's own may have nothing but `encode` and `decode`.
+            whole = type(network).forward is not torch.nn.Module.forward
+            out = network(target) if whole else network.decode(network.encode(target))
+            loss = self.loss_function(out, target)
         if not isinstance(loss, Tensor) or loss.dim() > 0 or not loss.requires_grad:
             got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"Expected 'loss' to give a scalar with a gradient (got {got})")
@@ -198,12 +214,7 @@ class MeshTraining(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         if not isinstance(self.optimizer, str):
-            own = self.optimizer(self.parameters())
-            if not isinstance(own, torch.optim.Optimizer):
-                raise TypeError(
-                    f"Expected 'optimizer' to make an optimizer (got {type(own).__name__})"
-                )
-            return own
+            return self._made(self.optimizer)
         parameters, lr = self.parameters(), RATES[self.optimizer] if self.lr is None else self.lr
         optimizer: torch.optim.Optimizer
         if self.optimizer in ONE_CYCLE:
@@ -240,8 +251,20 @@ class MeshTraining(pl.LightningModule):
         setting that differs. More epochs may follow where the learning rate does not depend on
         their number."""
         longer = self.optimizer not in ONE_CYCLE
-        check_settings(checkpoint, self.settings, self.state_dict(), longer)
+        settings = dict(self.settings)
+        if MADE not in (checkpoint.get("settings") or {}):
+            del settings[MADE]  # earlier ones have the name of a function alone
+        check_settings(checkpoint, settings, self.state_dict(), longer)
 
     def on_train_epoch_start(self) -> None:
         # A resumed run augments as one that was never interrupted, and each process on its own.
         seed_process(self.seed, self.current_epoch, self.global_rank)
+
+
+def _described(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    groups = [
+        {name: plain(value) for name, value in group.items() if not name.startswith("param")}
+        for group in optimizer.param_groups
+    ]
+    further = {f"group {i}": group for i, group in enumerate(groups[1:], start=1)}
+    return {"class": plain(type(optimizer)), **groups[0], **further}

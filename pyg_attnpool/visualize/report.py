@@ -25,6 +25,7 @@ from pyg_attnpool.files import replacing
 from pyg_attnpool.metrics import evaluating, vertex_distances
 from pyg_attnpool.models.storage import describe
 from pyg_attnpool.nn.base import PoolingLayer
+from pyg_attnpool.units import one_warning
 from pyg_attnpool.visualize.charts import COLORS, histogram, lines
 from pyg_attnpool.visualize.page import fill_page
 from pyg_attnpool.visualize.pictures import render, view_box
@@ -40,6 +41,7 @@ BYTES = 2_200_000  # of all meshes that can be turned, at most: a page stays bel
 Curve = dict[str, list[tuple[int, float]]]
 
 
+@one_warning()
 def write_report(
     path: str | Path,
     models: Mapping[str, MorphableModel],

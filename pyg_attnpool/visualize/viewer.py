@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyg_attnpool.datasets.inputs import as_meshes, blocks
 from pyg_attnpool.files import replacing
-from pyg_attnpool.metrics import encode_all
+from pyg_attnpool.metrics import encode_all, vertex_distances
 from pyg_attnpool.models.plan import Step, decoder_plan, run_plan
 from pyg_attnpool.units import metres
 from pyg_attnpool.visualize.page import fill_page, read_page
@@ -107,8 +107,8 @@ def moved_by_dimension(model: MorphableModel) -> Tensor:
     latent dimension :obj:`[latent_channels]`, in millimetres."""
     mean, std = (t.detach().cpu().double() for t in (model.latent_mean, model.latent_std))
     steps = torch.diag(2 * std)
-    moved = _decode(model, mean + steps) - _decode(model, mean - steps)
-    return 1000 * moved.norm(dim=-1).mean(dim=-1)
+    ends = _decode(model, mean + steps), _decode(model, mean - steps)
+    return vertex_distances(*ends).mean(dim=-1)
 
 
 # What the page shows ##################################################################

@@ -3,8 +3,9 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from torch.testing import assert_close
+from torch_geometric.data import Data
 
-from pyg_attnpool.datasets import align, looks_unaligned
+from pyg_attnpool.datasets import MeshDataset, align, looks_unaligned
 
 
 def shape(num=60, seed=0):
@@ -178,7 +179,47 @@ def test_faces_that_nod_a_little_do_not():
     assert looks_unaligned(moved(ball(), 30)[0]) and not looks_unaligned(shapes[:1])
 
 
+def test_meshes_come_in_every_form():
+    x = shape()
+    meshes, rotation, _ = moved(x, 7)
+    faces = np.array([[0, 1, 2]])
+    forms = {
+        "array": meshes.numpy(),
+        "data set": MeshDataset(meshes, (x.numpy(), faces)),
+        "list": [Data(pos=mesh, face=torch.from_numpy(faces.T)) for mesh in meshes],
+    }
+    for form in forms.values():
+        found = align(form, reference=x.numpy())
+        assert found.vertices.dtype == torch.float64  # of their type
+        assert torch.equal(found.vertices, align(meshes, reference=x).vertices)
+        assert_close(found.rotation, rotation.mT)
+        assert torch.equal(found.bring(form).vertices, found.bring(meshes).vertices)
+        assert looks_unaligned(form)
+    assert torch.equal(found.undo(meshes.numpy()), found.undo(meshes))
+    assert align(meshes.float().numpy()).vertices.dtype == torch.float32
+    still = x + 0.01 * torch.randn(200, *x.shape, dtype=torch.double)
+    assert not looks_unaligned(still.numpy())
+    assert not looks_unaligned(MeshDataset(still, (x.numpy(), faces)))
+
+
+@pytest.mark.parametrize("function", [align, looks_unaligned])
+def test_other_forms_are_refused(function):
+    for bad, message in (
+        (torch.zeros(4, 5, 3, dtype=torch.long), "floating point meshes .got torch.int64"),
+        (np.zeros((4, 5, 3), dtype=np.int32), "floating point meshes .got torch.int32"),
+        ("scans", "a MeshDataset or a list of Data .got str"),
+        ([torch.zeros(5, 3)], "a MeshDataset or a list of Data .got list"),
+        (None, "a MeshDataset or a list of Data .got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            function(bad)
+    with pytest.raises(ValueError, match=r"shape \[M, N, C\] .got \[5, 3\]"):
+        function(torch.zeros(5, 3))
+
+
 def test_bad_arguments():
+    with pytest.raises(TypeError, match="'reference' as a tensor or array .got list"):
+        align(torch.zeros(2, 5, 3), reference=[[0.0, 0.0, 0.0]] * 5)
     with pytest.raises(ValueError, match=r"shape \[M, N, C\] .got \[5, 3\]"):
         align(torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"'reference' of shape \[5, 3\]"):

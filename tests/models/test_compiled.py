@@ -3,7 +3,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.testing import assert_close
+from torch.utils.flop_counter import FlopCounterMode
 
 from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.models import MeshAutoencoder
@@ -301,6 +304,49 @@ def test_a_change_is_noticed(hierarchy, change):
     with torch.no_grad():
         assert_close(model.decode(z), expected, rtol=1e-5, atol=1e-5)
         assert_close(model.encode(x), codes, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pca", "cheb", "spiral"])
+def test_operations_are_counted(hierarchy, name):
+    model = models_by_name(hierarchy)[name]
+    x = model.mean + model.std * torch.randn(2, *model.mean.shape)
+    counts = []
+    for grad in (True, False):
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(grad):
+            out = model(x)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+    with torch.no_grad():
+        assert_close(out, model(x), rtol=1e-5, atol=1e-5)
+        assert compiled_decoder(model) is not None  # again
+
+
+@torch.no_grad()
+def test_hooks_of_all_modules_fire_for_every_layer(hierarchy):
+    model = models_by_name(hierarchy)["cheb"]
+    x = model.mean + model.std * torch.randn(2, *model.mean.shape)
+    seen = set()
+    for register in (register_module_forward_hook, register_module_forward_pre_hook):
+        model(x)  # by its plan
+        handle = register(lambda module, *_: seen.add(module))
+        model(x)
+        handle.remove()
+        network = model.autoencoder
+        layers = [*network.down_convs, *network.pools, *network.unpools, network.out_conv]
+        assert seen.issuperset(layers)
+        seen.clear()
+        model(x)
+        assert not seen
+
+
+@torch.no_grad()
+def test_forward_mode_sees_the_layers(hierarchy):
+    model = models_by_name(hierarchy)["pca"]
+    z, along = torch.randn(2, 3), torch.randn(2, 3)
+    with forward_ad.dual_level():
+        found = forward_ad.unpack_dual(model.decode(forward_ad.make_dual(z, along))).tangent
+    expected = torch.einsum("bl,lnc->bnc", along, model.autoencoder.components) * model.std
+    assert_close(found, expected)
 
 
 def test_copies_decode_on_their_own(hierarchy):

@@ -132,12 +132,6 @@ def test_export_freezes_a_copy(hierarchy, tmp_path, suffix):
         model.export(tmp_path / "model.txt")
 
 
-def test_millimetres_in_a_model_of_metres_are_noticed(hierarchy):
-    model = MorphableModel.coma(hierarchy, 3, **SMALL)
-    with pytest.warns(UserWarning, match="look like millimetres"):
-        model.encode(1000 * meshes(1))
-
-
 def test_bad_arguments(hierarchy):
     network = MeshAutoencoder(hierarchy, **SMALL)
     with pytest.raises(TypeError, match=r"without \['encode', 'decode'\]"):

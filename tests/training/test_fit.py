@@ -82,6 +82,33 @@ def test_the_validation_error_is_that_of_all_meshes(tmp_path, hierarchy):
     assert trained.summary["validation error (mm)"] == pytest.approx(error, rel=1e-3)
 
 
+def test_a_network_of_encode_and_decode_alone_is_trained(tmp_path):
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.down, self.up = torch.nn.Linear(126, 2), torch.nn.Linear(2, 126)
+
+        def encode(self, x):
+            return self.down(x.flatten(1))
+
+        def decode(self, z):
+            return self.up(z).view(-1, 42, 3)
+
+    class Whole(Own):
+        def forward(self, x):
+            return self.decode(self.encode(x))
+
+    def trained(network):
+        torch.manual_seed(0)
+        data = dict(train=meshes(37), val=meshes(9, 1), output=tmp_path / network.__name__)
+        return MorphableModel(network(), icosphere(1)).fit(**data, epochs=4, accelerator="cpu")
+
+    own = trained(Own)
+    torch.manual_seed(0)
+    assert not torch.equal(own.autoencoder.up.weight, Own().up.weight)
+    assert equal(own, trained(Whole))
+
+
 class Killed(BaseException):
     pass
 

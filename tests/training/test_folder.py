@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,51 @@ def test_a_run_on_other_levels_of_the_same_sizes_is_refused(tmp_path, hierarchy)
         MorphableModel(network, icosphere(1)).fit(
             **DATA, epochs=1, batch_size=8, accelerator="cpu", output=tmp_path, resume=True
         )
+
+
+def test_what_an_optimizer_of_ones_own_makes_is_compared(tmp_path, hierarchy):
+    def fit(optimizer):
+        run(hierarchy, tmp_path, epochs=1, optimizer=optimizer, resume=True)
+
+    def two_rates(parameters):
+        first, *others = parameters
+        return torch.optim.Adam([{"params": [first], "lr": RATES[0]}, {"params": others}], RATES[1])
+
+    def refused(optimizer, message):
+        with pytest.raises(ValueError, match="run with " + message):
+            fit(optimizer)
+
+    fit(lambda p: torch.optim.AdamW(p, lr=1e-3))
+    fit(lambda p: torch.optim.AdamW(p, lr=1e-3))  # the same goes on
+    refused(lambda p: torch.optim.AdamW(p, lr=1e-2), r"made optimizer.lr=0.01 .got 0.001.")
+    refused(lambda p: torch.optim.Adam(p, lr=1e-3), r"made optimizer.class='Adam' .got 'AdamW'.")
+    betas = (0.9, 0.99)
+    message = r"made optimizer.betas=\[0.9, 0.99\] .got \[0.9, 0.999\]."
+    refused(lambda p: torch.optim.AdamW(p, lr=1e-3, betas=betas), message)
+    refused(partial(torch.optim.AdamW, lr=1e-3), "optimizer.function='AdamW' .got None.")
+    refused("adam", r"optimizer='adam' .got '.*<lambda>'.")
+    shutil.rmtree(tmp_path)
+    RATES = [1e-2, 1e-3]
+    fit(two_rates)
+    RATES = [1e-2, 1e-4]
+    refused(two_rates, r"made optimizer.group 1.lr=0.0001 .got 0.001.")
+
+
+def test_checkpoints_with_the_name_of_an_optimizer_alone_go_on(tmp_path, hierarchy):
+    # As they were before what it makes was written down.
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=1e-3)
+
+    run(hierarchy, tmp_path, epochs=1, optimizer=optimizer)
+    for name in ("best.ckpt", "last.ckpt"):
+        checkpoint = load_checkpoint(tmp_path / name)
+        assert checkpoint["settings"].pop("made optimizer")["lr"] == 1e-3
+        save_checkpoint(checkpoint, tmp_path / name)
+    longer = run(hierarchy, tmp_path, epochs=2, optimizer=optimizer, resume=True)
+    assert longer.summary["steps"] == 10
+    assert longer.summary["optimizer"] == optimizer.__qualname__
+    with pytest.raises(ValueError, match="run with optimizer='sgd'"):
+        run(hierarchy, tmp_path, epochs=2, optimizer="sgd", resume=True)
 
 
 class Own(torch.nn.Module):
