@@ -20,7 +20,7 @@ class Swapped(NamedTuple):
     down: ModuleList
     up: ModuleList
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # also what print shows
         layers = [*self.down, *self.up]
         lines = [
             f"{layer} in the place of a matrix {list(layer.shape)}, starting from "
@@ -29,8 +29,6 @@ class Swapped(NamedTuple):
         ]
         learned = sum(p.numel() for layer in layers for p in layer.parameters())
         return "\n".join([*lines, f"{learned:,} parameters until `freeze`"])
-
-    __repr__ = __str__  # so that a console shows it, too
 
 
 def swap_pooling(

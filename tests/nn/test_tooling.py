@@ -341,6 +341,7 @@ def test_flop_counter(layer, twin, x):
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "ChebConv of PyG"])
 def test_onnx_of_before(name):
     pytest.importorskip("onnx")
