@@ -118,10 +118,10 @@ def main(options: Options):
                 row = measured(model, key["case"], test, noise, seed, options)
                 append_row(path, COLUMNS, {**key, **row})
                 print(", ".join(key.values()), f"{row['mean']} mm, {row['seconds']} s", flush=True)
-    # Those of other seeds too.
+    # Those of other calls too.
     sizes = {name: str(getattr(options, name)) for name in ("latent", "steps", "meshes", "scans")}
     rows = [row for row in read_rows(path, COLUMNS) if sizes.items() <= row.items()]
-    print(written(rows, options))
+    print(written(rows, options, len(rows) > len(keys)))
 
 
 def trained(
@@ -255,8 +255,9 @@ def scan(
     return moved, place[faces], torch.from_numpy(turn).to(mesh), torch.from_numpy(shift).to(mesh)
 
 
-def written(rows: list[dict[str, str]], options: Options) -> str:
-    r"""Writes the table, means over seeds, and returns it."""
+def written(rows: list[dict[str, str]], options: Options, several: bool) -> str:
+    r"""Writes the table, means over seeds, and returns it; :obj:`several` where not all rows are of
+    this call."""
     tables = {}
     for data in dict.fromkeys(row["data"] for row in rows):
         seeds = sorted({row["seed"] for row in rows if row["data"] == data}, key=int)
@@ -290,6 +291,8 @@ def written(rows: list[dict[str, str]], options: Options) -> str:
         "Distances of all vertices to their true places, also of those that were not observed.",
         "A fit has converged when its last step was small and, of a scan, most of it is explained.",
     ]
+    if several:
+        notes.append("Rows of several calls; headings tell the seeds.")
     return report.write(options.output, "fits", report.command(), rows, tables, about, notes)
 
 

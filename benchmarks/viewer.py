@@ -8,12 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import measure
 import torch
 import tyro
 from playwright.sync_api import Page, sync_playwright
-from templates import blob
 
+from benchmarks.speed import measure
+from benchmarks.speed.templates import blob
 from pyg_attnpool import MeshHierarchy
 from pyg_attnpool.models import MorphableModel
 

@@ -1,5 +1,6 @@
 import csv
-import importlib
+import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from pyg_attnpool import MorphableModel
+from pyg_attnpool.datasets import MeshDataset
 from pyg_attnpool.mesh import write_mesh
 from tests.mesh.meshes import blob
 
@@ -76,6 +78,27 @@ def test_neural3dmm_with_the_other_poolings(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == [*pools, "pca"]
     assert all(0 < float(row["median"]) < 100 for row in rows)
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_a_model_of_others_is_swapped_trained_and_frozen(monkeypatch, capsys, positions):
+    spec = importlib.util.spec_from_file_location("swap_qem", EXAMPLES / "swap_qem.py")
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    vertices, faces = blob(3, seed=0)
+    stretch = np.random.default_rng(0).uniform(0.09, 0.11, size=(60, 1, 3))
+    meshes = torch.from_numpy((stretch * vertices).astype(np.float32))
+    stand_in = MeshDataset(meshes, (0.1 * vertices, faces))
+    monkeypatch.setattr(example, "AnnyFaces", lambda root: stand_in)
+    example.main(steps=3, batch_size=4, positions=positions)
+    out = capsys.readouterr().out
+    sizes = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) (?:before|after|frozen)", out)]
+    before, after, frozen = sizes
+    assert before == frozen < after
+    errors = {name: float(mm) for name, mm in re.findall(r"^(\w+) +([\d.]+) mm on test", out, re.M)}
+    assert errors.keys() == {"before", "after"} and all(0 < mm < 20 for mm in errors.values())
+    (shipped,) = re.findall(r"frozen, ([\d.]+) mm", out)
+    assert float(shipped) == pytest.approx(errors["after"], abs=2e-3)
 
 
 def test_errors_end_the_run_before_any_work(tmp_path):

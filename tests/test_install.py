@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyg_attnpool import MorphableModel
+from tests.mesh.meshes import blob
+
 CHECK = """
 import shutil
 import sys
@@ -30,6 +33,16 @@ faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
 meshes = torch.randn(20, 4, 3)
 linear = MorphableModel.pca((meshes[0].numpy(), faces.numpy()), 11).fit(meshes)
 assert linear.evaluate(meshes)["mean"] < 900  # mm; of coordinates of about a metre
+assert "pytorch_lightning" not in sys.modules
+
+# A model that somebody has sent, in a folder.
+x = linear.decode(torch.zeros(1, 11))
+linear.save("model")
+again = MorphableModel.load("model")
+assert torch.equal(again.decode(torch.zeros(1, 11)), x) and x.shape == (1, 4, 3)
+sent = MorphableModel.load(sys.argv[1])
+code, decoded = torch.load(sys.argv[2], weights_only=True)
+torch.testing.assert_close(sent.decode(code), decoded, rtol=1e-5, atol=1e-6)
 assert "pytorch_lightning" not in sys.modules
 
 def sparse():
@@ -90,4 +103,9 @@ def test_bare_install_pools_and_names_every_missing_extra(tmp_path):
     call(*pip, Path(__file__).parents[1])
     work = tmp_path / "work"
     work.mkdir()
-    call(python, "-c", CHECK, cwd=work)
+    # A frozen model of this environment.
+    model = MorphableModel.coma(blob(3, seed=0), 4).freeze()
+    code = torch.randn(2, 4)
+    model.save(tmp_path / "sent")
+    torch.save((code, model.decode(code).detach()), tmp_path / "decoded.pt")
+    call(python, "-c", CHECK, tmp_path / "sent", tmp_path / "decoded.pt", cwd=work)

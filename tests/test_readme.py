@@ -1,15 +1,25 @@
 r"""The README's own snippets, and the stories that it tells, run."""
 
+import functools
+import inspect
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pyg_attnpool import AttentionPool, AttentionUnpool, MeshHierarchy, MorphableModel
+from pyg_attnpool import (
+    AttentionPool,
+    AttentionUnpool,
+    MeshHierarchy,
+    MorphableModel,
+    datasets,
+)
 from pyg_attnpool.mesh import write_mesh
-from tests.mesh.meshes import blob
+from tests.datasets.test_coma import TEMPLATE, write_zip
+from tests.mesh.meshes import blob, icosphere
 
 pytest.importorskip("pytorch_lightning")
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -89,3 +99,60 @@ def test_matrices_of_another_model_are_swapped_and_frozen(scans):
     exec(snippet("swap_pooling(model.D"), {"model": model, "hierarchy": hierarchy})
     assert not list(model.parameters()) and model.D[0].mapping().k == 3
     assert not torch.allclose(model(x), before)  # it starts sharper than the matrices
+
+
+def test_data_sets_are_read_while_training(tmp_path, monkeypatch):
+    code = snippet('AnnyBodies("data/AnnyBodies")')
+    monkeypatch.chdir(tmp_path)
+    write_zip(Path("data/CoMA"))  # 72 meshes of 42 vertices, as COMA's archive holds them
+    made = {}
+    for name in ("AnnyBodies", "AnnyHands"):  # which take a while to make
+        signature = inspect.signature(getattr(datasets, name))
+
+        def stand_in(*args, name=name, signature=signature, **kwargs):
+            made[name] = signature.bind(*args, **kwargs).arguments
+
+        monkeypatch.setattr(datasets, name, stand_in)
+        (size,) = re.findall(rf"{name}\(.*# (\w+)=[\d_]+", code)
+        signature.bind("data", **{size: 10})  # what the comment beside it names
+    fit = MorphableModel.fit
+    few = dict(epochs=1, accelerator="cpu", enable_progress_bar=False)
+    monkeypatch.setattr(MorphableModel, "fit", lambda self, *a, **k: fit(self, *a, **k, **few))
+    hierarchy = MeshHierarchy.from_template(icosphere(1), factors=[3, 2])
+    model = MorphableModel.coma(hierarchy, 2, channels=(4, 4), decoder_channels=(4, 4, 4))
+    names = {"model": model}
+    exec(code, names)
+    assert {name: given["root"] for name, given in made.items()} == {
+        "AnnyBodies": "data/AnnyBodies",
+        "AnnyHands": "data/AnnyHands",
+    }
+    dataset, split = names["dataset"], names["split"]
+    assert type(dataset) is datasets.CoMA and dataset.vertices.size(1) == len(TEMPLATE)
+    assert sorted(torch.cat(tuple(split)).tolist()) == list(range(72))
+    assert model.summary["meshes"] == len(split.train)
+    assert (tmp_path / "runs/big/best.ckpt").exists()
+
+
+def test_the_command_line_knows_every_command_and_option(monkeypatch):
+    pytest.importorskip("tyro")
+    from pyg_attnpool.cli import app
+
+    called = []
+
+    def recorded(command):
+        @functools.wraps(command)
+        def record(*args, **kwargs):
+            called.append((command.__name__, inspect.signature(command).bind(*args, **kwargs)))
+
+        return record
+
+    monkeypatch.setattr(app, "COMMANDS", [recorded(command) for command in app.COMMANDS])
+    lines = re.findall(r"^pyg-attnpool .*", README, re.MULTILINE)
+    for line in lines:
+        _, name, *rest = shlex.split(line, comments=True)
+        assert app.main([name, *rest]) == 0 and called[-1][0] == name
+    assert len(called) == len(lines) >= 10
+    edited = next(given for name, given in called if name == "edit")
+    assert edited.arguments["by"] == ((17, 0.0, 0.0, 5.0),)
+    with pytest.raises(SystemExit):
+        app.main(["sample", "faces/", "-o", "new/", "--number", "20"])

@@ -5,12 +5,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.nn import Module, ModuleList
+from torch.nn import Module, ModuleList, ParameterList
 
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.attention_pool import AttentionPool, AttentionUnpool
 
-Matrices = Sequence[Any] | ModuleList | tuple[Module, Sequence[str]]
+Matrices = Sequence[Any] | ModuleList | ParameterList | tuple[Module, Sequence[str]]
 
 
 class Swapped(NamedTuple):
@@ -20,7 +20,7 @@ class Swapped(NamedTuple):
     down: ModuleList
     up: ModuleList
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # also what print shows
         layers = [*self.down, *self.up]
         lines = [
             f"{layer} in the place of a matrix {list(layer.shape)}, starting from "
@@ -47,13 +47,20 @@ def swap_pooling(
         ...                                                 # train
         freeze(model)                                       # the size it had
 
-    Assigned to the model, the layers are part of it, with their parameters. The order of the
-    levels, fine to coarse or coarse to fine, is that of the matrices.
+    Assigned to the model, the layers are part of it, with their parameters. Matrices that the model
+    holds one by one, as buffers or attributes, are named, and replaced in place:
+
+    .. code-block:: python
+
+        swap_pooling((model, ["D0", "D1"]), (model, ["decoder.U0", "decoder.U1"]), hierarchy)
+
+    The order of the levels, fine to coarse or coarse to fine, is that of the matrices.
 
     Args:
-        down (list): The matrices :obj:`[M, N]` from fine to coarse levels, in a list, tuple or
-            :class:`~torch.nn.ModuleList`; or a module and the names under which it holds them as
-            buffers or attributes, which are then replaced in place.
+        down (list): The matrices :obj:`[M, N]` from fine to coarse levels, in a list, tuple,
+            :class:`~torch.nn.ModuleList` or :class:`~torch.nn.ParameterList`; or a module and the
+            names, dotted for those of submodules, under which it holds them as buffers, parameters
+            or attributes, which are then replaced in place.
         up (list): The matrices from coarse to fine levels, likewise.
         hierarchy (MeshHierarchy, optional): The hierarchy of the matrices, of which the positions
             are taken. (default: :obj:`None`)
@@ -62,11 +69,13 @@ def swap_pooling(
         **kwargs (optional): Further arguments of :class:`AttentionPool`, such as :obj:`k`.
 
     Returns:
-        The layers down and up. Printed, the result says what was replaced.
+        The layers down and up. Printed, the result says what was replaced. Lists stay as they are:
+        assign the result to the model.
 
     Raises:
-        ValueError: If a matrix is of no pair of levels, or both :obj:`hierarchy` and
-            :obj:`positions` are given.
+        TypeError: If matrices are neither in a list nor named.
+        ValueError: If a name is of nothing or given twice, a matrix is of no pair of levels, or
+            both :obj:`hierarchy` and :obj:`positions` are given.
 
     Example:
         >>> swapped = swap_pooling([torch.eye(4)[:2]], [torch.ones(4, 2) / 2])
@@ -102,8 +111,9 @@ def swap_pooling(
         if _is_named(matrices):
             module, names = cast(tuple[Module, Sequence[str]], matrices)
             for name, layer in zip(names, found, strict=True):
-                delattr(module, name)
-                setattr(module, name, layer)
+                owner, attribute = _place(module, name)
+                delattr(owner, attribute)
+                setattr(owner, attribute, layer)
     return Swapped(*layers)
 
 
@@ -113,21 +123,36 @@ def _is_named(matrices: Any) -> bool:
     return pair and isinstance(matrices[0], Module) and not isinstance(matrices[1], Module)
 
 
+def _place(module: Module, name: str) -> tuple[Module, str]:
+    # The module that holds a name, "encoder.D0", and the name there.
+    path, _, attribute = name.rpartition(".")
+    return module.get_submodule(path), attribute
+
+
 def _held(matrices: Any) -> list[Any]:
     if _is_named(matrices):
         module, names = matrices
-        missing = [name for name in names if not hasattr(module, name)]
-        if missing:
-            raise ValueError(
-                f"Expected names of attributes of {type(module).__name__} (got {missing})"
-            )
-        return [getattr(module, name) for name in names]
-    if not isinstance(matrices, Sequence | ModuleList):
+        if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+            raise TypeError(f"Expected a list of names of matrices (got {names!r})")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Expected different names of matrices (got {list(names)})")
+        return [_named(module, name) for name in names]
+    if not isinstance(matrices, Sequence | ModuleList | ParameterList):
         raise TypeError(
             f"Expected a list of matrices, or a module and the names of its buffers "
             f"(got {type(matrices).__name__})"
         )
     return list(matrices)
+
+
+def _named(module: Module, name: str) -> Any:
+    try:
+        owner, attribute = _place(module, name)
+        return getattr(owner, attribute)
+    except AttributeError as e:
+        raise ValueError(
+            f"Expected names of attributes of {type(module).__name__} (got {name!r})"
+        ) from e
 
 
 def _size(name: str, matrix: Any, up: bool) -> tuple[int, int]:

@@ -189,6 +189,15 @@ def _flat(settings: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, None if isinstance(value, Mapping) else value
 
 
+def _of_all_processes(settings: dict[str, Any] | None) -> dict[str, Any]:
+    # However many processes share a batch, the steps are the same.
+    found = dict(settings or {})
+    if "batch_size" in found:
+        batch_size, processes = found.pop("batch_size"), found.pop("processes", 1)
+        found["batch_size * processes"] = batch_size * processes
+    return found
+
+
 def check_settings(
     checkpoint: dict[str, Any],
     settings: dict[str, Any],
@@ -204,7 +213,9 @@ def check_settings(
         state (dict): The state of this run's module, of which the shapes count.
         longer (bool, optional): Whether more epochs may follow. (default: :obj:`False`)
     """
-    here, stored = dict(_flat(settings)), dict(_flat(checkpoint.get("settings") or {}))
+    here, stored = (
+        dict(_flat(_of_all_processes(found))) for found in (settings, checkpoint.get("settings"))
+    )
     for name in here | stored:
         value, got = here.get(name), stored.get(name)
         if value == got or (longer and name == "epochs" and got is not None and got <= value):

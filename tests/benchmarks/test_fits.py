@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -63,6 +64,10 @@ def test_pca_finds_what_it_explains_and_a_run_goes_on(options, monkeypatch, caps
     fits.main(options)
     assert untimed(options) == rows
     assert path.read_text(encoding="utf-8").splitlines()[:4] == first
+    assert "several calls" not in text
+    fits.main(replace(options, seeds=(1,)))
+    text = (options.output / "fits.md").read_text(encoding="utf-8")
+    assert "seeds 0 1" in text and "Rows of several calls; headings tell the seeds." in text
     monkeypatch.setattr(fits, "measured", None)
     fits.main(options)  # nothing is left to do
 

@@ -165,6 +165,53 @@ def test_buffers_are_replaced_in_place_and_either_order_will_do(hierarchy):
     assert said[-1] == f"{learned:,} parameters until `freeze`"
 
 
+def test_buffers_of_submodules_are_named_with_dots(hierarchy):
+    class Half(torch.nn.Module):
+        def __init__(self, matrices):
+            super().__init__()
+            for i, matrix in enumerate(matrices):
+                self.register_buffer(f"d{i}", matrix.to(torch.float32).to_dense())
+
+        def forward(self, x):
+            return self.d1 @ (self.d0 @ x)
+
+    model = torch.nn.Sequential(Half(hierarchy.down), Half(hierarchy.up[::-1]))
+    x = torch.randn(2, hierarchy.num_vertices[0], 3)
+    expected = model(x)
+    swapped = swap_pooling(
+        (model, ["0.d0", "0.d1"]), (model, ["1.d1", "1.d0"]), hierarchy, fusion_weight=0.0
+    )
+    assert model[0].d0 is swapped.down[0] and model[1].d1 is swapped.up[0]
+    assert not list(model.named_buffers(recurse=False)) and not hasattr(model, "0.d0")
+    assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+    freeze(model)
+    assert type(model[1].d0) is MappingPool
+    assert_close(model(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_list_of_parameters_is_taken(hierarchy):
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            dense = ([m.to(torch.float32).to_dense() for m in ms] for ms in (down, up))
+            self.D, self.U = map(torch.nn.ParameterList, dense)
+
+    down, up = hierarchy.down, hierarchy.up
+    model = Holder()
+    matrices = [p.detach().clone() for p in model.parameters()]
+    swapped = swap_pooling(model.D, model.U, hierarchy, fusion_weight=0.0)
+    assert all(isinstance(p, torch.nn.Parameter) for p in [*model.D, *model.U])  # not touched
+    model.D, model.U = swapped
+    for layer, matrix in zip([*model.D, *model.U], matrices, strict=True):
+        assert_close(layer.mapping().to_dense(), matrix)
+
+
+def test_a_console_shows_what_was_replaced():
+    swapped = swap_pooling([torch.eye(4)[:2]], [torch.ones(4, 2) / 2])
+    assert repr(swapped) == str(swapped)
+    assert repr(swapped).startswith("AttentionPool(4, 2, channels=21, k=2) in the place of")
+
+
 def test_nothing_is_touched_where_something_does_not_fit(hierarchy):
     model = make(hierarchy)
     kept = list(model.D), list(model.U)
@@ -175,7 +222,11 @@ def test_nothing_is_touched_where_something_does_not_fit(hierarchy):
         ((model.D, model.D, hierarchy), ValueError, "from coarse to fine in up"),
         ((3, model.U, hierarchy), TypeError, "a list of matrices.*got int"),
         ((["D.npz"], model.U, hierarchy), ValueError, r"a matrix in down.0. .got str"),
-        (((model, ["D9"]), model.U, hierarchy), ValueError, r"attributes of Program .got .'D9'"),
+        (((model, ["D9"]), model.U, hierarchy), ValueError, r"attributes of Program .got 'D9'"),
+        (((model, ["out.D0"]), model.U, hierarchy), ValueError, "attributes of Program.*out.D0"),
+        (((model, ["no.D0"]), model.U, hierarchy), ValueError, "attributes of Program.*no.D0"),
+        (((model, "D0"), model.U, hierarchy), TypeError, "a list of names of matrices .got 'D0'"),
+        (((model, ["D0", "D0"]), model.U, hierarchy), ValueError, "different names of matrices"),
     ]
     for arguments, error, match in cases:
         with pytest.raises(error, match=match):

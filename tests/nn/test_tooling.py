@@ -355,7 +355,9 @@ def test_flop_counter(layer, twin, x):
     assert_close(of_flop_counter(layer, x), twin(x), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.filterwarnings("ignore")  # of an exporter that PyTorch keeps for older code
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 @pytest.mark.parametrize("name", [name for name in LAYERS if name != "ChebConv of PyG"])
 def test_onnx_of_before(name):
     pytest.importorskip("onnx")
@@ -368,7 +370,7 @@ def test_onnx_of_before(name):
     assert_close(torch.from_numpy(out), Dense(layer)(x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # as the graph is traced
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_graph_of_tensorboard(layer, x, tmp_path):
     tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="no tensorboard")
     with tensorboard.SummaryWriter(str(tmp_path)) as writer:

@@ -1,3 +1,4 @@
+import csv
 import ctypes
 import random
 import re
@@ -170,6 +171,18 @@ def test_latent_statistics_are_those_of_the_training_codes(hierarchy):
     expected = np.cov(codes.T, bias=True)
     np.testing.assert_allclose(trained.latent_cov, expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(trained.latent_std, codes.std(axis=0), rtol=1e-3, atol=1e-6)
+
+
+def test_a_logger_of_the_user_gets_what_is_logged(tmp_path, hierarchy):
+    logger = pl.loggers.CSVLogger(tmp_path / "mine", name="run", version=0)
+    trained = run(hierarchy, tmp_path / "out", epochs=2, logger=logger)
+    assert trained.summary["epochs"] == 2
+    assert not (tmp_path / "out" / "log").exists()  # theirs alone
+    with open(tmp_path / "mine" / "run" / "version_0" / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    validated = [float(row["val_mm"]) for row in rows if row["val_mm"]]
+    assert len(validated) == 2
+    assert min(validated) == pytest.approx(trained.summary["validation error (mm)"], rel=1e-3)
 
 
 def test_without_validation_meshes_they_are_split_from_the_others(hierarchy):

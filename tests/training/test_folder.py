@@ -151,7 +151,7 @@ DIFFERENT = {
     "lr": ({}, dict(lr=0.1), "lr=0.1 .got 0.008."),
     "loss": ({}, dict(loss=torch.nn.functional.mse_loss), "loss='mse_loss' .got 'l1_loss'."),
     "transform": ({}, dict(transform=jitter(0.2)), "transform.std=0.2 .got 0.1."),
-    "batch size": ({}, dict(batch_size=9), "batch_size=9 .got 8."),
+    "batch size": ({}, dict(batch_size=9), "batch_size . processes=9 .got 8."),
     "epochs": ({}, dict(epochs=1), "epochs=1 .got 2."),
     "seed": ({}, dict(seed=1), "seed=1 .got 0."),
     "precision": ({}, dict(precision="bf16-mixed"), "precision='bf16-mixed' .got '32-true'."),

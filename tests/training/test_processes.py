@@ -39,6 +39,7 @@ for name, kwargs in {
     "whole": dict(epochs=3, output=folder / "whole"),
     "parts": dict(epochs=1, output=folder / "parts"),
     "longer": dict(epochs=3, output=folder / "parts", resume=True),
+    "more": dict(epochs=3, output=folder / "alone", resume=True),
     "mapped": dict(epochs=1, stored=folder),
 }.items():
     trained = train(**several, **kwargs)
@@ -62,6 +63,7 @@ def train(stored=None, **kwargs):
 @pytest.mark.slow
 def test_two_processes_train_as_one_at_the_same_global_batch(tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
+    train(batch_size=8, epochs=1, output=tmp_path / "alone")  # which two processes go on with
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -99,6 +101,7 @@ def test_two_processes_train_as_one_at_the_same_global_batch(tmp_path):
     for name, kwargs in {
         "whole": dict(epochs=3),
         "longer": dict(epochs=3),
+        "more": dict(epochs=3),
         "mapped": dict(epochs=1, stored=tmp_path),
     }.items():
         one = train(batch_size=8, **kwargs)
@@ -110,9 +113,18 @@ def test_two_processes_train_as_one_at_the_same_global_batch(tmp_path):
             assert error == pytest.approx(one.summary["validation error (mm)"], rel=1e-3)
     # The first process alone writes.
     assert lines[0]["whole"][1:] == ["best.ckpt", "last.ckpt"] * 3
-    assert [written for _, *written in lines[1].values()] == [[]] * 4
+    assert [written for _, *written in lines[1].values()] == [[]] * 5
     assert load_checkpoint(tmp_path / "whole" / "last.ckpt")["settings"]["processes"] == 2
     assert len(list((tmp_path / "whole" / "log").iterdir())) == 1
+
+    # One process goes on with what two began, at the same global batch alone.
+    again = dict(epochs=4, output=tmp_path / "whole", resume=True)
+    with pytest.raises(ValueError, match=r"run with batch_size . processes=4 .got 8"):
+        train(batch_size=4, **again)
+    one, found = train(batch_size=8, epochs=4), train(batch_size=8, **again)
+    assert found.summary["steps"] == one.summary["steps"] == 20
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[key], value, rtol=0, atol=1e-6)
 
 
 def test_each_mesh_is_validated_once_by_all_processes_together():
