@@ -45,6 +45,10 @@ class MeshDataset(Dataset):
     unit = "m"
     r"""The unit of the files; the meshes are held in metres."""
 
+    features: tuple[str, ...] = ()
+    r"""The names of features beyond coordinates, where they are known, as those of
+    :class:`RegisteredMeshes`."""
+
     default_split = "interpolation"
     r"""The kind of :meth:`split` that the experiments of the paper use."""
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
-from pyg_attnpool.mesh.io import in_single_precision
+from pyg_attnpool.mesh.io import in_single_precision, properties
 from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder, compiled_encoder
 from pyg_attnpool.models.modal import modal
@@ -102,6 +102,7 @@ class MorphableModel(IndexedModule):
         self.unit = unit
         self.summary: dict[str, Any] = {}
         r"""The record of the training, as JSON holds it."""
+        self._features: tuple[str, ...] = ()
         config = getattr(autoencoder, "config", None)
         own = getattr(autoencoder, "mean", None)
         in_channels = own.size(-1) if own is not None else getattr(config, "in_channels", 3)
@@ -207,6 +208,34 @@ class MorphableModel(IndexedModule):
     def in_channels(self) -> int:
         r"""The number of features :math:`C` of a vertex; the first three are coordinates."""
         return self.mean.size(1)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        r"""The names of the features beyond coordinates, which :meth:`write_mesh` writes by them:
+        :obj:`"color"` and :obj:`"normal"` of three channels, and others of one. :meth:`fit` takes
+        them from the training meshes; of arrays, set them. Without names, :obj:`()`.
+
+        Raises:
+            TypeError: If they are set to something else than strings.
+            ValueError: If they are of another number of channels, or a name stands twice.
+
+        Example:
+            >>> colored = MorphableModel.pca(template, 3, in_channels=6)
+            >>> colored.features = ["color"]
+            >>> colored.features
+            ('color',)
+        """
+        return self._features
+
+    @features.setter
+    def features(self, names: Sequence[str]) -> None:
+        channels = len(properties(names))
+        if channels not in (0, self.in_channels - 3):
+            raise ValueError(
+                f"Expected 'features' of the {self.in_channels - 3} channels beyond coordinates "
+                f"(got {channels} of {list(names)})"
+            )
+        self._features = tuple(names)
 
     @property
     def latent_channels(self) -> int:
@@ -348,8 +377,9 @@ class MorphableModel(IndexedModule):
         Args:
             path (str or Path): The file, in a format of
                 :meth:`~pyg_attnpool.mesh.write_mesh`.
-            vertices (torch.Tensor): A mesh :obj:`[N, C]` in metres. Features beyond coordinates
-                are written as :obj:`feature_3` and so on, to PLY files alone.
+            vertices (torch.Tensor): A mesh :obj:`[N, C]` in metres. Further features are written to
+                PLY files alone, by the names in :attr:`features`, else as :obj:`feature_3` and so
+                on; colours as bytes, so that they are cut to what is from 0 to 1.
 
         Raises:
             ValueError: If the shape does not fit, or as :meth:`~pyg_attnpool.mesh.write_mesh` does.
@@ -358,9 +388,13 @@ class MorphableModel(IndexedModule):
 
         (x,) = self._checked("a mesh", torch.as_tensor(vertices).unsqueeze(0), self.mean.shape)
         array = x.numpy(force=True).astype(np.float64)
-        further = {f"feature_{i}": array[:, i : i + 1] for i in range(3, array.shape[1])}
+        names = self.features or [f"feature_{i}" for i in range(3, array.shape[1])]
+        ends = np.cumsum([3, *(len(properties([name])) for name in names)])
+        further = {n: array[:, i:j] for n, i, j in zip(names, ends, ends[1:], strict=False)}
+        if "color" in further:
+            further["color"] = np.rint(255 * further["color"].clip(0, 1)).astype(np.uint8)
         coordinates = array[:, :3] / metres(self.unit)
-        write_mesh(path, coordinates, self.faces.numpy(force=True), further or None)
+        write_mesh(path, coordinates, self.faces.numpy(force=True), further)
 
     # Making it #######################################################################
 
