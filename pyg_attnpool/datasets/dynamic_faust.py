@@ -103,6 +103,8 @@ class DynamicFAUST(MeshDataset):
         subject: str | None = None,
         names: Sequence[str] | None = None,
     ) -> Split:
+        r"""As :meth:`MeshDataset.split`, by default with the test meshes of :obj:`test_names` where
+        they were given."""
         if kind is None and self.test_names is not None:
             kind, names = "listed", self.test_names
         return super().split(kind, expression=expression, subject=subject, names=names)

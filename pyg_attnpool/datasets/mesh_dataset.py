@@ -45,6 +45,10 @@ class MeshDataset(Dataset):
     unit = "m"
     r"""The unit of the files; the meshes are held in metres."""
 
+    features: tuple[str, ...] = ()
+    r"""The names of features beyond coordinates, where they are known, as those of
+    :class:`RegisteredMeshes`."""
+
     default_split = "interpolation"
     r"""The kind of :meth:`split` that the experiments of the paper use."""
 
@@ -132,9 +136,11 @@ class MeshDataset(Dataset):
         return None if values is None else [values[i] for i in self.indices()]
 
     def len(self) -> int:
+        r"""The number of all meshes, of which a subset has some."""
         return self._vertices.size(0)
 
     def get(self, idx: int) -> Data:
+        r"""One of all meshes, before :obj:`transform`."""
         labels = {key: values[idx] for key, values in self._labels.items()}
         mesh, face = self._vertices[idx], self._face
         if self.transform is not None:

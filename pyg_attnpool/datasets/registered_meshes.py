@@ -126,6 +126,7 @@ class RegisteredMeshes(MeshDataset):
             vertices = self._alignment.vertices
         super().__init__(vertices, source.template, source.labels, str(path), transform)
         self.unit = unit
+        self.features = tuple(features)
 
     @property
     def alignment(self) -> Alignment | None:

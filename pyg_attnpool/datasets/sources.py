@@ -106,6 +106,7 @@ class MeshFiles(MeshSource):
         self.labels = _labels(names)
 
     def blocks(self, start: int) -> Iterator[ndarray]:
+        r"""As of :class:`~pyg_attnpool.datasets.cache.Source`."""
         with self._opened() as read:
             for i in range(start * BLOCK, len(self.names), BLOCK):
                 block = [self._checked(name, *read(name)) for name in self.names[i : i + BLOCK]]
@@ -121,6 +122,7 @@ class MeshFiles(MeshSource):
         return vertices
 
     def content(self) -> str:
+        r"""The names, the settings, and what the files hold by their hashes."""
         if self.path.is_dir():
             # Reading and hashing leave Python to other threads.
             with (
@@ -231,10 +233,12 @@ class MeshArray(MeshSource):
         self.labels = {}
 
     def blocks(self, start: int) -> Iterator[ndarray]:
+        r"""As of :class:`~pyg_attnpool.datasets.cache.Source`."""
         for block in self.vertices.split(BLOCK)[start:]:
             yield self._scaled(block.clone()).numpy()
 
     def read(self) -> Tensor:
+        r"""All meshes: in memory, or mapped where their file is and is in metres."""
         return self._scaled(self.vertices)
 
     def _scaled(self, x: Tensor) -> Tensor:
@@ -243,6 +247,7 @@ class MeshArray(MeshSource):
         return x
 
     def content(self) -> str:
+        r"""The unit, and what the file holds by its hash."""
         return repr((self.scale, file_hash(self.path)))
 
 

@@ -41,6 +41,14 @@ class MappingSelect(Select):
     Args:
         pool (torch.nn.Module): As in :class:`MappingPooling`.
         unpool (torch.nn.Module, optional): As in :class:`MappingPooling`. (default: :obj:`None`)
+
+    Raises:
+        ValueError: If :obj:`unpool` does not lead back.
+
+    Example:
+        >>> from pyg_attnpool.integrations.tgp import MappingSelect
+        >>> MappingSelect(AttentionPool.from_hierarchy(hierarchy, 0))().s.shape
+        torch.Size([642, 161])
     """
 
     def __init__(self, pool: PoolingLayer, unpool: PoolingLayer | None = None):
@@ -126,7 +134,15 @@ def _blocks(mapping: Mapping, batch_size: int, dtype: torch.dtype) -> Tensor:
 class MappingReduce(BaseReduce):
     r"""The :math:`\texttt{reduce}` operator :math:`\mathbf{S}^{\top} \mathbf{X}` of
     :class:`~tgp.reduce.BaseReduce`. It puts pooled vertices to which no vertex is assigned into
-    their graph as well."""
+    their graph as well.
+
+    Example:
+        >>> from pyg_attnpool.integrations.tgp import MappingReduce, MappingSelect
+        >>> so = MappingSelect(AttentionPool.from_hierarchy(hierarchy, 0))()
+        >>> x, batch = MappingReduce()(torch.randn(642, 3), so)
+        >>> x.shape
+        torch.Size([161, 3])
+    """
 
     @staticmethod
     def reduce_batch(select_output: SelectOutput, batch: Tensor | None) -> Tensor | None:
@@ -151,6 +167,13 @@ class MappingConnect(Connect):
             :math:`\mathbf{D}^{-1/2} \mathbf{A} \mathbf{D}^{-1/2}`. (default: :obj:`False`)
         edge_weight_norm (bool, optional): If set to :obj:`True`, divides by the largest absolute
             weight of every graph. (default: :obj:`False`)
+
+    Example:
+        >>> from pyg_attnpool.integrations.tgp import MappingConnect, MappingSelect
+        >>> so = MappingSelect(AttentionPool.from_hierarchy(hierarchy, 0))()
+        >>> edge_index, weight = MappingConnect()(hierarchy.edge_index(0), so)
+        >>> edge_index.shape[1] == len(weight)
+        True
     """
 
     def __init__(

@@ -226,9 +226,10 @@ def stl_bytes(vertices: ndarray, faces: ndarray) -> bytes:
 
 def ply_bytes(columns: dict[str, ndarray], faces: ndarray) -> bytes:
     r"""A binary PLY file of vertices by their properties, :obj:`"x"`, :obj:`"y"`, :obj:`"z"` and
-    others, as :obj:`float` or :obj:`double`, and of faces."""
-    fields = {name: "f4" if v.dtype == np.float32 else "f8" for name, v in columns.items()}
-    names = {"f4": "float", "f8": "double"}
+    others, as :obj:`float` or :obj:`uchar` where they are, else :obj:`double`, and of faces."""
+    kinds = {np.dtype(np.float32): "f4", np.dtype(np.uint8): "u1"}
+    fields = {name: kinds.get(v.dtype, "f8") for name, v in columns.items()}
+    names = {"f4": "float", "u1": "uchar", "f8": "double"}
     header = [
         "ply\nformat binary_little_endian 1.0",
         f"element vertex {len(columns['x'])}",

@@ -1,5 +1,5 @@
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -195,7 +195,8 @@ def write_mesh(
         vertices (numpy.ndarray): Vertices :obj:`[N, 3]`.
         faces (numpy.ndarray): Faces :obj:`[F, 3]`.
         features (dict, optional): Further values of the vertices, as :meth:`read_features` gives
-            them, for PLY files alone. (default: :obj:`None`)
+            them, for PLY files alone. Those of type uint8 are written as bytes, as most programs
+            want colours. (default: :obj:`None`)
 
     Raises:
         OSError: If the file could not be written whole.
@@ -330,24 +331,38 @@ def check_arrays(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     return vertices, faces
 
 
+def properties(features: Collection[str]) -> list[str]:
+    r"""The properties of a PLY file that features are made of: three of :obj:`"color"` and
+    :obj:`"normal"`, and one of each other.
+
+    Raises:
+        TypeError: If the names are no strings.
+        ValueError: If a name has spaces, is that of a coordinate, or stands twice.
+    """
+    if isinstance(features, str) or not all(isinstance(name, str) for name in features):
+        raise TypeError(f"Expected a list of names of features (got {features!r})")
+    names = [name for feature in features for name in FEATURES.get(feature, (feature,))]
+    for i, name in enumerate(names):
+        if name in names[:i] or name in "xyz" or not re.fullmatch("[!-~]+", name):
+            raise ValueError(
+                f"Expected features of names of their own, without spaces (got {name!r})"
+            )
+    return names
+
+
 def _columns(features: dict[str, ndarray], num_vertices: int) -> dict[str, ndarray]:
     # The properties of a PLY file that features make.
-    columns: dict[str, ndarray] = {}
+    columns: list[ndarray] = []
     for feature, values in features.items():
         values = np.asarray(values)
-        names = FEATURES.get(feature, (feature,))
-        if values.shape != (num_vertices, len(names)):
+        width = len(properties([feature]))
+        if values.shape != (num_vertices, width):
             raise ValueError(
-                f"Expected feature '{feature}' of shape {[num_vertices, len(names)]} "
+                f"Expected feature '{feature}' of shape {[num_vertices, width]} "
                 f"(got {list(values.shape)})"
             )
-        for name, column in zip(names, values.T, strict=True):
-            if name in columns or name in "xyz" or not re.fullmatch("[!-~]+", name):
-                raise ValueError(
-                    f"Expected features of names of their own, without spaces (got {name!r})"
-                )
-            columns[name] = column
-    return columns
+        columns.extend(values.T)
+    return dict(zip(properties(features), columns, strict=True))
 
 
 def edges(faces: ndarray) -> ndarray:

@@ -25,7 +25,7 @@ def card(model: MorphableModel, name: str) -> str:
     rows = {
         "architecture": _architecture(model.autoencoder),
         "vertices, faces": f"{model.num_vertices:,}, {len(model.faces):,}",
-        "features of a vertex": str(model.in_channels),
+        "features of a vertex": ", ".join([str(model.in_channels), *model.features]),
         "latent size": str(model.latent_channels),
         "parameters": f"{num_parameters:,}",
         "unit of mesh files": model.unit,

@@ -46,6 +46,11 @@ def coma(
         **kwargs (optional): Additional arguments of
             :class:`~pyg_attnpool.models.autoencoder.AutoencoderConfig`.
 
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is out of range, the pooling is unknown, or channels are not as
+            many as the levels.
+
     Example:
         >>> from pyg_attnpool.models import coma
         >>> network = coma(hierarchy, "attention", channels=(16, 16))  # of each level

@@ -393,6 +393,11 @@ def modal(
         **kwargs (optional): Additional arguments of
             :class:`~pyg_attnpool.models.modal.ModalConfig`.
 
+    Raises:
+        TypeError: If an argument is unknown.
+        ValueError: If an argument is out of range, the pooling is unknown, or there is no such
+            level.
+
     Example:
         >>> from pyg_attnpool.models import modal
         >>> modal(hierarchy, latent_channels=2, modes=6)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from pyg_attnpool.mesh import MeshHierarchy, read_mesh
-from pyg_attnpool.mesh.io import in_single_precision
+from pyg_attnpool.mesh.io import in_single_precision, properties
 from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder, compiled_encoder
 from pyg_attnpool.models.modal import modal
@@ -103,6 +103,7 @@ class MorphableModel(IndexedModule):
         self.unit = unit
         self.summary: dict[str, Any] = {}
         r"""The record of the training, as JSON holds it."""
+        self._features: tuple[str, ...] = ()
         config = getattr(autoencoder, "config", None)
         own = getattr(autoencoder, "mean", None)
         in_channels = own.size(-1) if own is not None else getattr(config, "in_channels", 3)
@@ -148,6 +149,16 @@ class MorphableModel(IndexedModule):
                 (default: :obj:`"attention"`)
             unit (str, optional): As in :class:`MorphableModel`. (default: :obj:`"m"`)
             **kwargs (optional): Additional arguments of :func:`~pyg_attnpool.models.coma`.
+
+        Raises:
+            FileNotFoundError: If there is no such template file.
+            TypeError: If an argument is unknown.
+            ValueError: If an argument is out of range, channels are not as many as the levels, or
+                the template is no mesh.
+
+        Example:
+            >>> MorphableModel.coma(hierarchy, latent_channels=3, channels=(8, 8))
+            MorphableModel(MeshAutoencoder, num_vertices=642, latent_channels=3, unit='m')
         """
         return cls(coma(_hierarchy(template, unit), pool, latent_channels, **kwargs), unit=unit)
 
@@ -161,7 +172,15 @@ class MorphableModel(IndexedModule):
         **kwargs: Any,
     ) -> MorphableModel:
         r"""A model around :func:`~pyg_attnpool.models.neural3dmm`, the spiral autoencoder. The
-        arguments are those of :meth:`coma`."""
+        arguments are those of :meth:`coma` and of that function.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: As :meth:`coma` does.
+
+        Example:
+            >>> MorphableModel.neural3dmm(hierarchy, latent_channels=3, channels=(8, 8))
+            MorphableModel(MeshAutoencoder, num_vertices=642, latent_channels=3, unit='m')
+        """
         network = neural3dmm(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 
@@ -176,7 +195,16 @@ class MorphableModel(IndexedModule):
     ) -> MorphableModel:
         r"""A model around :func:`~pyg_attnpool.models.modal`, principal components bent by
         perceptrons. The arguments are those of :meth:`coma`, and those of
-        :class:`~pyg_attnpool.models.modal.ModalConfig`."""
+        :class:`~pyg_attnpool.models.modal.ModalConfig`.
+
+        Raises:
+            FileNotFoundError, TypeError, ValueError: As :meth:`coma` does, or if there is no such
+                level.
+
+        Example:
+            >>> MorphableModel.modal(hierarchy, latent_channels=3, modes=16)
+            MorphableModel(ModalAutoencoder, num_vertices=642, latent_channels=3, unit='m')
+        """
         network = modal(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 
@@ -195,6 +223,14 @@ class MorphableModel(IndexedModule):
             latent_channels (int, optional): The number of components. (default: :obj:`8`)
             unit (str, optional): As in :class:`MorphableModel`. (default: :obj:`"m"`)
             in_channels (int, optional): The features of a vertex. (default: :obj:`3`)
+
+        Raises:
+            FileNotFoundError: If there is no such template file.
+            ValueError: If an argument is out of range, or the template is no mesh.
+
+        Example:
+            >>> MorphableModel.pca(template, latent_channels=3).fit(meshes)
+            MorphableModel(PCA, num_vertices=642, latent_channels=3, unit='m')
         """
         vertices, faces, hierarchy = _template(template, metres(unit))
         network = PCA.empty(len(vertices), latent_channels, in_channels)
@@ -209,6 +245,34 @@ class MorphableModel(IndexedModule):
     def in_channels(self) -> int:
         r"""The number of features :math:`C` of a vertex; the first three are coordinates."""
         return self.mean.size(1)
+
+    @property
+    def features(self) -> tuple[str, ...]:
+        r"""The names of the features beyond coordinates, which :meth:`write_mesh` writes by them:
+        :obj:`"color"` and :obj:`"normal"` of three channels, and others of one. :meth:`fit` takes
+        them from the training meshes; of arrays, set them. Without names, :obj:`()`.
+
+        Raises:
+            TypeError: If they are set to something else than strings.
+            ValueError: If they are of another number of channels, or a name stands twice.
+
+        Example:
+            >>> colored = MorphableModel.pca(template, 3, in_channels=6)
+            >>> colored.features = ["color"]
+            >>> colored.features
+            ('color',)
+        """
+        return self._features
+
+    @features.setter
+    def features(self, names: Sequence[str]) -> None:
+        channels = len(properties(names))
+        if channels not in (0, self.in_channels - 3):
+            raise ValueError(
+                f"Expected 'features' of the {self.in_channels - 3} channels beyond coordinates "
+                f"(got {channels} of {list(names)})"
+            )
+        self._features = tuple(names)
 
     @property
     def latent_channels(self) -> int:
@@ -231,7 +295,13 @@ class MorphableModel(IndexedModule):
     # Using it ########################################################################
 
     def standardize(self, x: Tensor) -> Tensor:
-        r"""Metres to standardised features."""
+        r"""Meshes :obj:`[B, N, C]` in metres to the standardised features of the network.
+
+        Example:
+            >>> untrained = MorphableModel.coma(hierarchy, channels=(8, 8))
+            >>> untrained.standardize(untrained.template).abs().max()
+            tensor(0.)
+        """
         return (x - self.mean) / self.std
 
     def encode(self, x: Tensor) -> Tensor:
@@ -243,6 +313,10 @@ class MorphableModel(IndexedModule):
         Raises:
             TypeError: If the meshes are no floating point tensor or array.
             ValueError: If their shape does not fit.
+
+        Example:
+            >>> model.encode(meshes).shape
+            torch.Size([24, 3])
         """
         x = self._checked("meshes", x, self.mean.shape)
         if _has_values(x):
@@ -262,6 +336,10 @@ class MorphableModel(IndexedModule):
         Raises:
             TypeError: If the codes are no floating point tensor or array.
             ValueError: If their shape does not fit.
+
+        Example:
+            >>> model.decode(torch.zeros(2, 3)).shape
+            torch.Size([2, 642, 3])
         """
         z = self._checked("latent codes", z, self.latent_mean.shape)
         if not torch.is_grad_enabled() and _has_values(z):
@@ -271,7 +349,15 @@ class MorphableModel(IndexedModule):
         return self.autoencoder.decode(z) * self.std + self.mean
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Reconstructs meshes :obj:`[B, N, C]` in metres."""
+        r"""Reconstructs meshes :obj:`[B, N, C]` in metres.
+
+        Raises:
+            TypeError, ValueError: As :meth:`encode` does.
+
+        Example:
+            >>> (model(meshes) - meshes).abs().max() < 1e-6  # one way to stretch a sphere
+            tensor(True)
+        """
         return self.decode(self.encode(x))
 
     def _checked(self, name: str, x: Any, shape: torch.Size) -> Tensor:
@@ -297,48 +383,107 @@ class MorphableModel(IndexedModule):
             should be, in millimetres; :obj:`alive`, the number of latent dimensions that vary; and
             of more than three features :obj:`features`, the mean absolute error of each further
             one in its own unit.
+
+        Raises:
+            TypeError: If the meshes are in another form, or not floating point.
+            ValueError: If they do not fit the model, or are not finite.
+
+        Example:
+            >>> model.evaluate(meshes)["mean"] < 1e-3
+            True
         """
         from pyg_attnpool.metrics import reconstruction_error
 
         return reconstruction_error(self, meshes, batch_size)
 
     def interpolate(self, a: Any, b: Any, steps: int) -> Tensor:
-        r"""The meshes between two meshes or codes; see :func:`pyg_attnpool.latent.interpolate`."""
+        r"""The meshes between two meshes or codes; see :func:`pyg_attnpool.latent.interpolate`.
+
+        Raises:
+            TypeError, ValueError: As that function does.
+
+        Example:
+            >>> model.interpolate(meshes[0], meshes[1], steps=5).shape
+            torch.Size([5, 642, 3])
+        """
         from pyg_attnpool.latent import interpolate
 
         return interpolate(self, a, b, steps)
 
     def extrapolate(self, neutral: Any, x: Any, alphas: Sequence[float] | Tensor) -> Tensor:
         r"""Meshes with more or less of what sets :obj:`x` apart from :obj:`neutral`; see
-        :func:`pyg_attnpool.latent.extrapolate`."""
+        :func:`pyg_attnpool.latent.extrapolate`.
+
+        Raises:
+            TypeError, ValueError: As that function does.
+
+        Example:
+            >>> model.extrapolate(meshes[0], meshes[1], alphas=[-0.5, 1.5]).shape
+            torch.Size([2, 642, 3])
+        """
         from pyg_attnpool.latent import extrapolate
 
         return extrapolate(self, neutral, x, alphas)
 
     def transfer(self, source_neutral: Any, source: Any, target_neutral: Any) -> Tensor:
         r"""The target with the deformation of the source; see
-        :func:`pyg_attnpool.latent.transfer`."""
+        :func:`pyg_attnpool.latent.transfer`.
+
+        Raises:
+            TypeError, ValueError: As that function does.
+
+        Example:
+            >>> model.transfer(meshes[0], meshes[1], meshes[2]).shape
+            torch.Size([642, 3])
+        """
         from pyg_attnpool.latent import transfer
 
         return transfer(self, source_neutral, source, target_neutral)
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         r"""New meshes from the Gaussian of the training codes; see
-        :func:`pyg_attnpool.latent.sample`."""
+        :func:`pyg_attnpool.latent.sample`.
+
+        Raises:
+            ValueError: If :obj:`n` is not positive.
+
+        Example:
+            >>> model.sample(4).shape
+            torch.Size([4, 642, 3])
+        """
         from pyg_attnpool.latent import sample
 
         return sample(self, n, generator)
 
     def edit(self, x: Any, targets: dict[int, Any], keep: Any = None, **kwargs: Any) -> Fit:
         r"""The mesh of the model that is close to another one, with some vertices moved; see
-        :func:`pyg_attnpool.fitting.edit`."""
+        :func:`pyg_attnpool.fitting.edit`.
+
+        Raises:
+            TypeError, ValueError: As that function does.
+
+        Example:
+            >>> moved = meshes[0, 7] + torch.tensor([0.0, 0.0, 0.005])  # by 5 mm
+            >>> model.edit(meshes[0], {7: moved}).mesh.shape
+            torch.Size([642, 3])
+        """
         from pyg_attnpool.fitting import edit
 
         return edit(self, x, targets, keep, **kwargs)
 
     def fit_to(self, observations: Any = None, **kwargs: Any) -> Fit:
         r"""The mesh of the model that fits some vertices, landmarks, a point cloud or a scan; see
-        :func:`pyg_attnpool.fitting.fit_to`."""
+        :func:`pyg_attnpool.fitting.fit_to`.
+
+        Raises:
+            TypeError, ValueError: As that function does.
+
+        Example:
+            >>> seen = torch.arange(642) < 400
+            >>> fitted = model.fit_to(meshes[0], weight=seen, noise=1e-5)
+            >>> (fitted.mesh - meshes[0]).abs().max() < 1e-4
+            tensor(True)
+        """
         from pyg_attnpool.fitting import fit_to
 
         return fit_to(self, observations, **kwargs)
@@ -349,20 +494,30 @@ class MorphableModel(IndexedModule):
         Args:
             path (str or Path): The file, in a format of
                 :meth:`~pyg_attnpool.mesh.write_mesh`.
-            vertices (torch.Tensor): A mesh :obj:`[N, C]` in metres. Features beyond coordinates
-                are written as :obj:`feature_3` and so on, to PLY files alone.
+            vertices (torch.Tensor): A mesh :obj:`[N, C]` in metres. Further features are written to
+                PLY files alone, by the names in :attr:`features`, else as :obj:`feature_3` and so
+                on; colours as bytes, so that they are cut to what is from 0 to 1.
 
         Raises:
+            OSError: If the file could not be written whole.
+            TypeError: If the mesh is not floating point.
             ValueError: If the shape does not fit, or as :meth:`~pyg_attnpool.mesh.write_mesh` does.
+
+        Example:
+            >>> model.write_mesh("mean.ply", model.decode(model.latent_mean[None])[0])
         """
         from pyg_attnpool.mesh import write_mesh
 
         (x,) = self._checked("a mesh", torch.as_tensor(vertices).unsqueeze(0), self.mean.shape)
         warn_millimetres("a mesh", x)
         array = x.numpy(force=True).astype(np.float64)
-        further = {f"feature_{i}": array[:, i : i + 1] for i in range(3, array.shape[1])}
+        names = self.features or [f"feature_{i}" for i in range(3, array.shape[1])]
+        ends = np.cumsum([3, *(len(properties([name])) for name in names)])
+        further = {n: array[:, i:j] for n, i, j in zip(names, ends, ends[1:], strict=False)}
+        if "color" in further:
+            further["color"] = np.rint(255 * further["color"].clip(0, 1)).astype(np.uint8)
         coordinates = array[:, :3] / metres(self.unit)
-        write_mesh(path, coordinates, self.faces.numpy(force=True), further or None)
+        write_mesh(path, coordinates, self.faces.numpy(force=True), further)
 
     # Making it #######################################################################
 
@@ -381,6 +536,13 @@ class MorphableModel(IndexedModule):
 
         Returns:
             The model itself.
+
+        Raises:
+            ImportError, TypeError, ValueError: As that function does.
+
+        Example:
+            >>> MorphableModel.pca(template, 3).fit(meshes).summary["meshes"]
+            24
         """
         from pyg_attnpool.training import fit
 
@@ -392,6 +554,10 @@ class MorphableModel(IndexedModule):
 
         Raises:
             ValueError: If the shapes do not fit, or a standard deviation is not positive.
+
+        Example:
+            >>> untrained = MorphableModel.coma(hierarchy, channels=(8, 8))
+            >>> untrained.set_statistics(meshes.mean(dim=0), meshes.std(dim=0) + 1e-6)
         """
         for name, value in (("mean", mean), ("std", std)):
             if value.shape != self.mean.shape:
@@ -406,7 +572,16 @@ class MorphableModel(IndexedModule):
     @torch.no_grad()
     def set_latent_statistics(self, meshes: Any, batch_size: int = 64) -> None:
         r"""Sets mean and covariance of the latent codes to those of meshes :obj:`[M, N, C]`, in
-        metres, which gives sampling and sliders their scale."""
+        metres, which gives sampling and sliders their scale.
+
+        Raises:
+            TypeError: If the meshes are in another form, or not floating point.
+            ValueError: If they do not fit the model, or are not finite.
+
+        Example:
+            >>> untrained = MorphableModel.coma(hierarchy, channels=(8, 8))
+            >>> untrained.set_latent_statistics(meshes)
+        """
         from pyg_attnpool.metrics import encode_all
 
         codes = encode_all(self, meshes, batch_size).double()
@@ -419,6 +594,15 @@ class MorphableModel(IndexedModule):
 
         Returns:
             The model itself.
+
+        Raises:
+            ValueError: If a layer holds a number that is not finite.
+
+        Example:
+            >>> untrained = MorphableModel.coma(hierarchy, channels=(8, 8))
+            >>> before = untrained.num_parameters
+            >>> untrained.freeze().num_parameters < before
+            True
         """
         freeze(self.autoencoder)
         return self
@@ -431,6 +615,15 @@ class MorphableModel(IndexedModule):
 
         Args:
             folder (str or Path): The folder.
+
+        Raises:
+            NotADirectoryError: If a file is in its place.
+            OSError: If it could not be written whole.
+            ValueError: If the model holds numbers that are not finite or of several types, or the
+                folder holds something else than a model.
+
+        Example:
+            >>> model.save("my_model")
         """
         from pyg_attnpool.models.storage import save
 
@@ -449,6 +642,11 @@ class MorphableModel(IndexedModule):
             FileNotFoundError: If a file is missing.
             ValueError: If something is damaged, of a later version, or does not fit; the message
                 names the first that differs.
+
+        Example:
+            >>> model.save("my_model")
+            >>> torch.equal(MorphableModel.load("my_model")(meshes), model(meshes))
+            True
         """
         from pyg_attnpool.models.storage import load
 
@@ -475,7 +673,14 @@ class MorphableModel(IndexedModule):
 
         Raises:
             ConnectionError: If the Hub does not answer, and there is no copy.
+            ImportError: If the extra :obj:`hub` is missing.
             ValueError: If there is no such repository, or as :meth:`load` does.
+
+        Example:
+            >>> model.save("my_model")
+            >>> MorphableModel.from_pretrained("my_model")
+            MorphableModel(PCA, num_vertices=642, latent_channels=3, unit='m')
+            >>> MorphableModel.from_pretrained("owner/name")  # doctest: +SKIP
         """
         from pyg_attnpool.models.hub import from_pretrained
 
@@ -503,7 +708,11 @@ class MorphableModel(IndexedModule):
 
         Raises:
             ConnectionError: If the Hub does not answer, or refuses.
-            ValueError: If the name is none of a repository.
+            ImportError: If the extra :obj:`hub` is missing.
+            ValueError: If the name is none of a repository, or as :meth:`save` does.
+
+        Example:
+            >>> model.push_to_hub("owner/name", private=True)  # doctest: +SKIP
         """
         from pyg_attnpool.models.hub import push_to_hub
 
@@ -525,7 +734,14 @@ class MorphableModel(IndexedModule):
             the size of the template.
 
         Raises:
-            ValueError: If the ending is unknown, or the model cannot become a page.
+            ImportError: If what ONNX needs is missing (extra :obj:`export`).
+            OSError: If the file could not be written whole.
+            RuntimeError: If the file would compute something else than the model.
+            ValueError: If the ending is unknown, or the model cannot become such a file.
+
+        Example:
+            >>> model.export("page.html", meshes=meshes[:2]) < 1e-4
+            True
         """
         if Path(path).suffix.lower() == ".html":
             from pyg_attnpool.visualize.viewer import write_viewer

@@ -38,7 +38,11 @@ class PCA(torch.nn.Module):
 
     @classmethod
     def empty(cls, num_vertices: int, latent_channels: int = 8, in_channels: int = 3) -> "PCA":
-        r"""A model of zeros, to be fitted or loaded."""
+        r"""A model of zeros, to be fitted or loaded.
+
+        Raises:
+            ValueError: If the number of components is negative.
+        """
         model = cls.__new__(cls)
         torch.nn.Module.__init__(model)
         model._allocate(torch.Size([num_vertices, in_channels]), latent_channels)
@@ -65,7 +69,12 @@ class PCA(torch.nn.Module):
                 be. (default: :obj:`None`)
 
         Raises:
-            ValueError: As the constructor does.
+            ValueError: As the constructor does, or if the meshes have another shape.
+
+        Example:
+            >>> x = torch.randn(10, 5, 3)
+            >>> PCA.empty(5, latent_channels=2).fit(x).encode(x).shape
+            torch.Size([10, 2])
         """
         if at_least is None and self.latent_channels == 0:
             raise ValueError("Expected positive 'latent_channels' (got 0)")

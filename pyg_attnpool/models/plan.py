@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Linear:
-    r"""A latent code, or all features of all vertices side by side, :obj:`[B, D]`, to features
+    r"""A step on arrays with a weight for every vertex, not a layer as :class:`torch.nn.Linear`.
+
+    It takes a latent code, or all features of all vertices side by side, :obj:`[B, D]`, to features
     :obj:`[B, N, F]`, by a weight :obj:`[N, F, D]` and a bias :obj:`[N, F]`. A code and a hidden
     layer are the features of one vertex."""
 

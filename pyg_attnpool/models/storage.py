@@ -55,6 +55,7 @@ def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> 
         "version": VERSION,
         "autoencoder": describe(model.autoencoder),
         "unit": model.unit,
+        "features": list(model.features),
         "template": _template_hash(tensors),
         "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
         "training": model.summary,
@@ -118,6 +119,7 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
         # Assigned, so that the type is the saved one; what is not in the file follows it.
         model.to(tensors["mean"].dtype).load_state_dict(tensors, assign=True)
         model.summary = dict(config["training"])
+        model.features = config.get("features", ())  # which earlier versions did not write
     return model
 
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ PUBLISHED: dict[str, Any] = {"init": "positions", "normalization": "sum", "fusio
 NEEDED = {"lifted": 4, "prior": 1, "positions": 3, "normal": 1, "uniform": 1}
 
 SMOOTHING = 64  # steps in which keys made from a prior take their neighbours' values
+
+# The class that a constructor is called on, AttentionUnpool or one of your own too.
+Layer = TypeVar("Layer", bound="AttentionPool")
 
 
 class AttentionPool(PoolingLayer):
@@ -194,7 +197,7 @@ class AttentionPool(PoolingLayer):
         self._renew()
 
     @classmethod
-    def published(cls, *args: Any, **kwargs: Any) -> AttentionPool:
+    def published(cls: type[Layer], *args: Any, **kwargs: Any) -> Layer:
         r"""The layer with the settings of the paper: keys and queries from positions, scores
         divided by their sum, and :math:`w_a` from 0.2. The arguments are those of the constructor.
 
@@ -205,7 +208,9 @@ class AttentionPool(PoolingLayer):
         return cls(*args, **{**PUBLISHED, **kwargs})
 
     @classmethod
-    def from_hierarchy(cls, hierarchy: MeshHierarchy, level: int, **kwargs: Any) -> AttentionPool:
+    def from_hierarchy(
+        cls: type[Layer], hierarchy: MeshHierarchy, level: int, **kwargs: Any
+    ) -> Layer:
         r"""The layer between a level of a hierarchy and the next coarser one, with the hierarchy's
         mapping as its prior: pooling down from :obj:`level`, unpooling back up to it.
 
@@ -249,12 +254,12 @@ class AttentionPool(PoolingLayer):
 
     @classmethod
     def from_mapping(
-        cls,
+        cls: type[Layer],
         matrix: Any,
         source_pos: Tensor | None = None,
         target_pos: Tensor | None = None,
         **kwargs: Any,
-    ) -> AttentionPool:
+    ) -> Layer:
         r"""The layer in the place of a matrix that a model holds, with that matrix as its prior.
         It can be called, or used as the matrix was:
 

@@ -369,6 +369,12 @@ class PoolingLayer(VertexLayer):
     indices, values = _indices, _values
 
     def __matmul__(self, x: Any) -> Tensor:
+        r"""The matrix times features :obj:`[N, F]` or :obj:`[B, N, F]`, with the dummy vertex where
+        it has one.
+
+        Raises:
+            ValueError: If the features are of another number of vertices.
+        """
         if not isinstance(x, Tensor):
             return NotImplemented
         num_source = self.shape[-1]

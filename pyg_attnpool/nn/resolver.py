@@ -136,7 +136,9 @@ def pooling_resolver(
 
 
 class GraphConv(VertexLayer):
-    r"""Any convolution of PyG on the graph of one level, which all samples share.
+    r"""A layer around any convolution of PyG, not PyG's own
+    :class:`~torch_geometric.nn.conv.GraphConv`: it holds the graph of one level, which all samples
+    share.
 
     Args:
         conv (torch_geometric.nn.MessagePassing): The convolution.

@@ -116,6 +116,7 @@ class MeshData(pl.LightningDataModule):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
+        r"""Takes meshes that are tensors to the device of the trainer."""
         assert self.trainer is not None  # which calls this
         device = self.trainer.strategy.root_device
         if isinstance(self.train, Tensor):
@@ -124,9 +125,11 @@ class MeshData(pl.LightningDataModule):
             self.val = self.val.to(device)
 
     def train_dataloader(self) -> DataLoader:
+        r"""Batches of training meshes, in an order that depends on seed and epoch alone."""
         return self._loader(self.train, self.batch_size, self.seed)
 
     def val_dataloader(self) -> DataLoader:
+        r"""Batches of 64 validation meshes, in order."""
         return self._loader(self.val, 64, None)
 
     def _loader(self, x: Tensor | MeshDataset, batch_size: int, seed: int | None) -> DataLoader:

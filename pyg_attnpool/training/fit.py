@@ -18,6 +18,7 @@ from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.splits import of_every
 from pyg_attnpool.files import digest
+from pyg_attnpool.mesh.io import properties
 from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.models.autoencoder import divergence, is_variational
 from pyg_attnpool.training.folder import LAST, architecture, check_data, load_last, locked
@@ -54,8 +55,9 @@ def fit(
     **trainer: Any,
 ) -> MorphableModel:
     r"""Trains a morphable model. It is left with the weights of its best validation error, and with
-    mean and standard deviation, in metres, and latent statistics of the training meshes. A training
-    that fails leaves the model, and the checkpoints of an earlier run, as they were.
+    mean and standard deviation, in metres, latent statistics and the names of features of the
+    training meshes. A training that fails leaves the model, and the checkpoints of an earlier run,
+    as they were.
 
     A network with a method :obj:`fit` of its own, such as :class:`~pyg_attnpool.models.PCA`, is
     fitted by that to all training meshes; the arguments of a trainer do not matter to it, and
@@ -139,12 +141,14 @@ def fit(
             raise ValueError(f"Expected {kind} '{name}' below 2**32 (got {number})")
     fits_itself = hasattr(model.autoencoder, "fit")
     train, val = _prepared(model, train, val, split=not fits_itself)
+    features = _features(model, train, val)
     if fits_itself:
         with _as_it_was_on_errors(model):
             _set_statistics(model, *statistics("training meshes", train))
             meshes = train if isinstance(train, Tensor) else train.read(torch.arange(len(train)))
             model.autoencoder.fit(model.standardize(meshes.to(model.mean)))
             model.set_latent_statistics(train)
+        model.features = features
         model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - begin)}
         return model.freeze() if freeze else model
 
@@ -183,6 +187,7 @@ def fit(
                 val_mm = start[0]
                 model.load_state_dict(start[1])
             model.set_latent_statistics(train)
+    model.features = features
     model.summary = {
         **_told(model, train),
         "meshes": len(train),
@@ -244,6 +249,22 @@ def _split(meshes: Tensor | MeshDataset) -> tuple[Any, Any]:
     if is_val.all():
         raise ValueError(f"Expected meshes for training and validation (got {len(meshes)})")
     return meshes[~is_val], meshes[is_val]
+
+
+def _features(model: MorphableModel, train: Any, val: Any) -> tuple[str, ...]:
+    # The names of features beyond coordinates. A `transform` that makes others has none for them.
+    names = [
+        meshes.features
+        for meshes in (train, val)
+        if isinstance(meshes, MeshDataset)
+        and len(properties(meshes.features)) == model.in_channels - 3
+    ]
+    if len(set(names)) > 1:
+        raise ValueError(
+            f"Expected validation meshes of the features {list(names[0])} as training meshes have "
+            f"(got {list(names[1])})"
+        )
+    return names[0] if names else model.features
 
 
 def _describe(model: MorphableModel, train: Any, val: Any) -> dict[str, Any]:

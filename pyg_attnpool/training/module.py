@@ -170,6 +170,7 @@ class MeshTraining(pl.LightningModule):
         return out.to(x)
 
     def on_train_start(self) -> None:
+        r"""Compiles the loss where that was asked for."""
         gpu = self.device.type == "cuda"
         if gpu if self.compile_step is None else self.compile_step:
             self.compiled_loss = torch.compile(
@@ -177,6 +178,7 @@ class MeshTraining(pl.LightningModule):
             )
 
     def training_step(self, x: Tensor, step: int) -> Tensor:
+        r"""The loss of a batch :obj:`[B, N, C]` in metres, after augmentation."""
         if self.transform is not None:
             x = self._transformed(x)
         self.steps.fill_(self.global_step)
@@ -200,6 +202,7 @@ class MeshTraining(pl.LightningModule):
             )
 
     def validation_step(self, x: Tensor, step: int) -> None:
+        r"""Adds the errors of a batch :obj:`[B, N, C]` in metres."""
         if len(x) == 0:  # the piece of a process where others have the last meshes
             return
         # Processes exchange sum and number, not the distances. One value a mesh: torchmetrics
@@ -207,12 +210,14 @@ class MeshTraining(pl.LightningModule):
         self.val_error.update(vertex_distances(self.model(x), x).mean(dim=1))
 
     def on_validation_epoch_end(self) -> None:
+        r"""Logs the mean error of all validation meshes in millimetres, :obj:`val_mm`."""
         error = self.val_error.compute()
         self.val_error.reset()
         self._check_finite("validation error", error)
         self.log("val_mm", error, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
+        r"""The optimizer, and the schedule of its learning rate."""
         if not isinstance(self.optimizer, str):
             return self._made(self.optimizer)
         parameters, lr = self.parameters(), RATES[self.optimizer] if self.lr is None else self.lr
@@ -241,9 +246,11 @@ class MeshTraining(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": decay}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        r"""Adds the settings of the run and what its data are."""
         checkpoint["settings"], checkpoint["data"] = self.settings, self.data
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        r"""Refuses a checkpoint of another run, as :meth:`check_checkpoint` does."""
         self.check_checkpoint(checkpoint)
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -257,6 +264,7 @@ class MeshTraining(pl.LightningModule):
         check_settings(checkpoint, settings, self.state_dict(), longer)
 
     def on_train_epoch_start(self) -> None:
+        r"""Seeds augmentation by seed, epoch and process."""
         # A resumed run augments as one that was never interrupted, and each process on its own.
         seed_process(self.seed, self.current_epoch, self.global_rank)
 

@@ -4,6 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from pyg_attnpool import MappingPool, MeshHierarchy, MorphableModel
+from pyg_attnpool.datasets import MeshDataset, RegisteredMeshes
 from pyg_attnpool.mesh import read_features, read_mesh, write_mesh
 from pyg_attnpool.models import PCA, MeshAutoencoder
 from tests.mesh.meshes import blob, icosphere
@@ -114,6 +115,75 @@ def test_further_features_end_to_end(hierarchy, tmp_path):
     assert found["features"] == pytest.approx(expected, rel=1e-4)
     model.save(tmp_path / "model")
     assert torch.equal(MorphableModel.load(tmp_path / "model")(test), model(test))
+
+
+def test_features_keep_their_names_from_ply_to_ply(tmp_path):
+    plyfile = pytest.importorskip("plyfile")
+    rng = np.random.default_rng(0)
+    vertices, faces = TEMPLATE
+    color, change = rng.integers(20, 200, (len(vertices), 3)), rng.integers(-5, 6, (1, 3))
+    normals, heat = rng.standard_normal((len(vertices), 3)), rng.uniform(20, 40, len(vertices))
+    columns = "red green blue x y z heat nx ny nz".split()
+    kinds = ["u1"] * 3 + ["f8"] * 3 + ["f4"] * 4
+    rows = [
+        (*(color + i * change).T, *((100 + i) * vertices).T, heat + i, *((1 + 0.1 * i) * normals).T)
+        for i in range(10)
+    ]
+    (tmp_path / "scans").mkdir()
+    for i, row in enumerate(rows):
+        vertex = np.empty(len(vertices), list(zip(columns, kinds, strict=True)))
+        for name, column in zip(columns, row, strict=True):
+            vertex[name] = column
+        face = np.array([(f,) for f in faces.tolist()], [("vertex_indices", "i4", (3,))])
+        elements = [
+            plyfile.PlyElement.describe(v, n) for v, n in ((vertex, "vertex"), (face, "face"))
+        ]
+        plyfile.PlyData(elements).write(tmp_path / "scans" / f"{i}.ply")
+    scans = RegisteredMeshes(tmp_path / "scans", unit="mm", features=["color", "heat", "normal"])
+    model = MorphableModel.pca(scans.template, 1, unit="mm", in_channels=10).fit(scans[:8])
+    assert model.features == ("color", "heat", "normal")
+    model.save(tmp_path / "model")
+    model = MorphableModel.load(tmp_path / "model")
+    (tmp_path / "written").mkdir()
+    for i, mesh in enumerate(model(scans.vertices)):  # two that it has not seen among them
+        model.write_mesh(tmp_path / "written" / f"{i}.ply", mesh)
+        found = plyfile.PlyData.read(tmp_path / "written" / f"{i}.ply")["vertex"]
+        for name, column in zip(columns, rows[i], strict=True):
+            # Single precision, next to heat of 40, is a hundredth of a millimetre.
+            atol = 1e-2 if name in "xyz" else 1e-4
+            np.testing.assert_allclose(found[name], column, rtol=1e-4, atol=atol, err_msg=name)
+        for name in ("red", "green", "blue"):
+            assert found[name].dtype == np.uint8
+            np.testing.assert_array_equal(found[name], rows[i][columns.index(name)])
+    written = RegisteredMeshes(tmp_path / "written", unit="mm", features=model.features)
+    assert_close(written.vertices, scans.vertices, rtol=1e-4, atol=1e-5)
+    # What a decoder makes beyond black and white is cut, not wrapped around.
+    mesh[:, 3:5] = torch.tensor([-0.2, 1.2])
+    model.write_mesh(tmp_path / "mesh.ply", mesh)
+    assert read_features(tmp_path / "mesh.ply")["color"][:, :2].tolist() == [[0, 1]] * len(mesh)
+
+
+def test_names_of_features_that_do_not_fit(hierarchy, tmp_path):
+    model = MorphableModel.pca(hierarchy, 2, in_channels=6)
+    for names, error, match in (
+        ("color", TypeError, "a list of names of features .got 'color'"),
+        ([1, 2, 3], TypeError, "a list of names"),
+        (["heat"], ValueError, "the 3 channels beyond coordinates .got 1 of .'heat'"),
+        (["heat", "heat", "x"], ValueError, "names of their own.*got 'heat'"),
+        (["heat", "age", "x"], ValueError, "names of their own.*got 'x'"),
+    ):
+        with pytest.raises(error, match=match):
+            model.features = names
+    assert model.features == ()
+    model.features = ["normal"]
+    model.fit(meshes(8, 6))  # an array has no names, so they stay
+    assert model.features == ("normal",)
+    train = MeshDataset(meshes(8, 6), TEMPLATE)
+    val = MeshDataset(meshes(4, 6, seed=1), TEMPLATE)
+    train.features, val.features = ("color",), ("normal",)
+    with pytest.raises(ValueError, match=r"of the features .'color'. .*got .'normal'"):
+        model.fit(train, val)
+    assert model.fit(train).features == ("color",)
 
 
 @pytest.mark.parametrize("suffix", ["pt2", "onnx"])

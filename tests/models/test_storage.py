@@ -245,6 +245,15 @@ def edit(folder, **changes):
     path.write_text(json.dumps({**config, "checksum": _checksum(config)}))
 
 
+def test_a_folder_of_before_features_had_names(tmp_path, hierarchy):
+    make_model(hierarchy).save(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config.pop("features") == []
+    del config["checksum"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "checksum": _checksum(config)}))
+    assert MorphableModel.load(tmp_path).features == ()
+
+
 def test_what_does_not_fit_is_named(tmp_path, hierarchy):
     make_model(hierarchy).save(tmp_path)
     network = json.loads((tmp_path / "config.json").read_text())["autoencoder"]
@@ -258,6 +267,8 @@ def test_what_does_not_fit_is_named(tmp_path, hierarchy):
         (dict(autoencoder={**network, "depth": 3}), "depth"),
         (dict(autoencoder={"type": "PCA", "latent_channels": 3}), "autoencoder.components"),
         (dict(unit="inch"), "'unit'"),
+        (dict(features=["color"]), "'features' of the 0 channels beyond coordinates"),
+        (dict(features=[3]), "a list of names of features"),
         (dict(template="0" * 64), "another template"),
         (dict(hierarchy="0" * 64), "another hierarchy"),
     ]

@@ -115,6 +115,7 @@ class AnnyBodies(AnnySequences):
 
     @staticmethod
     def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        r"""What makes the bodies, given a folder for temporary files."""
         return _Bodies(folder, size["frames"], seed, detail)
 
 

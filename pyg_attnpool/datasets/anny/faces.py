@@ -159,6 +159,7 @@ class AnnyFaces(AnnySequences):
 
     @staticmethod
     def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        r"""What makes the faces, given a folder for temporary files."""
         subjects = size.get("subjects", NUM_SUBJECTS)
         return _Faces(folder, size["frames"], seed, detail, subjects)
 

@@ -123,6 +123,7 @@ class AnnyHands(AnnyMeshes):
 
     @staticmethod
     def source(folder: Path, size: Mapping[str, int], seed: int, detail: Detail | None) -> Source:
+        r"""What makes the hands, given a folder for temporary files."""
         return _Hands(folder, size["meshes"], seed, detail)
 
 
