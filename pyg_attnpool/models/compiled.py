@@ -447,10 +447,11 @@ def _compiled(model: MorphableModel, plan: Plan) -> CompiledPlan | None:
 
 
 def _state(model: Module) -> list[int] | None:
-    # What the plan depends on: the layers, their hooks, the values of their numbers, as neither
-    # fused optimisers nor edits of `.data` count a version, and their indices by place and version.
+    # What the plan depends on: the layers, their hooks, and the values of their numbers and
+    # indices, as neither fused optimisers nor edits of `.data` count a version.
     state: list[int] = []
     numbers: list[Tensor] = []
+    indices: list[Tensor] = []
     modules: list[Module | None] = [model]
     seen: set[int] = set()
     while modules:  # as Module.modules(), which takes several times as long
@@ -466,14 +467,14 @@ def _state(model: Module) -> list[int] | None:
             numbers += [tensor for tensor in tensors.values() if tensor is not None]
         for name in module.index_ranges if isinstance(module, IndexedModule) else ():
             index = getattr(module, name)
-            if not isinstance(index, Tensor) or index.is_inference():
-                return None  # tensors of inference mode have no version
-            state += (index.data_ptr(), index._version)
+            if not (isinstance(index, Tensor) and index.is_cpu and index.is_contiguous()):
+                return None
+            indices.append(index)
     for number in numbers:
         if not number.is_cpu or number.dtype is not torch.float32 or not number.is_contiguous():
             return None
-        state.append(number.data_ptr())
-    return [*state, checksum(numbers)]
+    read = [*numbers, *indices]
+    return [*state, *(tensor.data_ptr() for tensor in read), checksum(read)]
 
 
 def _compile(model: MorphableModel, plan: Plan) -> CompiledPlan | None:

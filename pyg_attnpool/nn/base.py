@@ -14,6 +14,7 @@ from torch import Tensor
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.ops.backend import composing, has_version, outside, plain
 from pyg_attnpool.ops.layout import on_rows
+from pyg_attnpool.ops.plan import available, checksum
 from pyg_attnpool.ops.sparse import Pattern, ell_rowptr, map_rows, transpose
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class IndexedModule(torch.nn.Module):
         self.index_ranges: dict[str, Index] = {}
         # What was checked last: names, tensors, their places in memory and versions.
         self._seen: list[tuple[str, Tensor, int, int]] = []
+        self._sum: int | None = None
 
     def register_index(
         self,
@@ -98,10 +100,11 @@ class IndexedModule(torch.nn.Module):
                 # Tensors that were made in inference mode count no edits.
                 version = -1 if tensor.is_inference() else tensor._version
                 self._seen.append((name, tensor, tensor.data_ptr(), version))
+        self._sum = self._checksum()
 
     def _same(self, device: torch.device) -> bool:
-        # Whether indices and weights are those of the last call: the same tensors, whose place in
-        # memory `index.data = ...` changes and whose version counts edits in place.
+        # Whether indices are those of the last call: the same tensors, whose place in memory
+        # `index.data = ...` changes and whose version counts edits in place, of the same values.
         for name, tensor, place, version in self._seen:
             if getattr(self, name) is not tensor or tensor.data_ptr() != place:
                 return False
@@ -111,7 +114,16 @@ class IndexedModule(torch.nn.Module):
             index = getattr(self, index_name)
             if index is not None and getattr(self, name).shape != index.shape:
                 return False
-        return len(self._seen) > 0 and self._seen[0][1].device == device
+        if not self._seen or self._seen[0][1].device != device:
+            return False
+        return self._sum == self._checksum()
+
+    def _checksum(self) -> int | None:
+        # Edits of `.data` and those by NumPy count no version. A GPU would have to be waited for.
+        tensors = [tensor for _, tensor, _, _ in self._seen]
+        if not available() or not all(t.is_cpu and t.is_contiguous() for t in tensors):
+            return None
+        return checksum(tensors)
 
     def _refresh(self, device: torch.device) -> None:
         # Looks at the indices where they are no longer those of the last call. What distributes a

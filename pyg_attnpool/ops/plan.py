@@ -55,8 +55,8 @@ def run_steps(steps: Array[CompiledStep], size: int, x: Tensor, out: Tensor) -> 
 
 
 def checksum(tensors: list[Tensor]) -> int:
-    r"""A number that changes with the values of contiguous tensors in single precision."""
+    r"""A number that changes with the values of contiguous tensors, in words of four bytes."""
     assert _cpu.library is not None
-    words = (c_int64 * len(tensors))(*[tensor.numel() for tensor in tensors])
+    words = (c_int64 * len(tensors))(*[t.numel() * t.element_size() // 4 for t in tensors])
     arrays = (c_void_p * len(tensors))(*[tensor.data_ptr() for tensor in tensors])
     return _cpu.library.checksum(len(tensors), words, arrays)

@@ -96,6 +96,31 @@ def index_edited_in_place(folder):
     refused(lambda: pool(x).sum().backward())
 
 
+def edits_that_count_no_version(folder):
+    for edit in (lambda index: index.data, lambda index: index.numpy()):
+        pool, x = MappingPool(mapping()), torch.randn(3, 3, requires_grad=True)
+        pool(x).sum().backward()
+        edit(pool.index)[0, 0] = 2
+        x.grad = None
+        pool(x).sum().backward()
+        assert_close(x.grad, pool.mapping().to_dense().sum(0).view(3, 1).expand(3, 3))
+        edit(pool.index)[0, 0] = 2**40
+        refused(lambda pool=pool, x=x: pool(x))
+        conv = SpiralConv(3, 4, torch.tensor([[0, 1], [1, 2], [2, 0]]))
+        conv(x)
+        edit(conv.spirals)[0, 1] = 2
+        spirals = torch.tensor([[0, 2], [1, 2], [2, 0]])
+        assert_close(conv(x), conv.lin(x[spirals].flatten(1)))
+        model = small_model().freeze()
+        z = torch.randn(2, 2)
+        with torch.no_grad():
+            model.decode(z)
+        edit(model.autoencoder.unpools[0].index)[0] = 1
+        with torch.no_grad():
+            found = model.decode(z)
+        assert_close(found, model.decode(z).detach(), rtol=1e-4, atol=1e-4)
+
+
 def index_shared_with_the_caller(folder):
     index = torch.zeros(4, 2).long()
     pool = MappingPool(Mapping(index, torch.ones(4, 2), 3))
@@ -486,6 +511,7 @@ CLAIMS = {
         assigned_on_the_meta_device,
         gradient_of_a_loaded_weighted_pool,
         index_edited_in_place,
+        edits_that_count_no_version,
         index_shared_with_the_caller,
         narrower_weight,
         mapping_edited_in_place,
