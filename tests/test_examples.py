@@ -34,6 +34,7 @@ def scans(folder):
     return [*args, "--unit", "mm", "--latent", 3, "--output", folder / "out"]
 
 
+@pytest.mark.slow
 def test_coma_on_meshes_of_your_own(tmp_path):
     output = tmp_path / "out"
     args = [*scans(tmp_path), "--epochs", 2]

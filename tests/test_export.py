@@ -219,7 +219,7 @@ def test_double_precision_stays(tmp_path, hierarchy):
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_half_precision_agrees_to_its_roundings(tmp_path, hierarchy, dtype, suffix):
     model = make_model(hierarchy, coma, "attention").to(dtype)
     x, path = make_inputs(model, 3).to(dtype), tmp_path / f"model.{suffix}"

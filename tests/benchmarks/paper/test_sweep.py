@@ -91,6 +91,7 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.slow
 def test_killed_twice_is_as_never_killed(options, monkeypatch):
     whole = replace(options, output=options.output.with_name("whole"))
     sweep(FEW, whole)
@@ -266,6 +267,7 @@ def test_results_of_other_settings_are_refused(options):
         sweep(one, again)
 
 
+@pytest.mark.slow
 def test_runs_of_other_sweeps_are_taken_over(options, monkeypatch, tmp_path):
     sweep(FEW, options)
     first = options.output / "few.csv"

@@ -38,6 +38,7 @@ def test_cells_tell_dead_dimensions_and_other_steps():
     assert cell([1.0], steps="0").text("mean", 100) == "1.000"
 
 
+@pytest.mark.slow
 def test_table_has_the_numbers_of_the_file(options, folder, monkeypatch):
     monkeypatch.setattr(sweep, "REPORTED_ON", (str(folder),))
     table = copy.deepcopy(FEW.table)

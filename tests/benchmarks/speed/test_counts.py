@@ -9,6 +9,7 @@ from pyg_attnpool.models.plan import Gather, Linear, Spiral
 from pyg_attnpool.ops import _cpu
 
 
+@pytest.mark.slow
 def test_parameters_are_the_papers(capsys):
     parameters.main()
     lines = capsys.readouterr().out.splitlines()
@@ -54,6 +55,7 @@ def test_operations_and_bytes_of_a_plan():
     ]
 
 
+@pytest.mark.slow
 def test_one_mesh(capsys, tmp_path, one_thread):
     if not _cpu.AVAILABLE:
         pytest.skip("there is no compiled library")

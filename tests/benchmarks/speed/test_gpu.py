@@ -1,6 +1,7 @@
 import pytest
 
 
+@pytest.mark.slow
 def test_what_needs_a_gpu_runs_on_a_cpu_too(tmp_path, monkeypatch):
     pytest.importorskip("pytorch_lightning")
     from benchmarks.speed import gpu

@@ -34,6 +34,7 @@ def test_ops(tmp_path, floor, one_thread):
     assert "| 60:15 unpool | 15 → 60 | 15 |" in text and "| 60:15 pool | 60 → 15 | 2 |" in text
 
 
+@pytest.mark.slow
 def test_ops_leaves_out_what_is_too_large(tmp_path, floor, one_thread):
     ops.main(("130:40",), "cpu", threads=1, repeat=1, memory=1e-5, output=tmp_path)
     text = (tmp_path / "ops.md").read_text()

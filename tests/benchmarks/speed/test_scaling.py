@@ -70,6 +70,7 @@ def test_dense_layers_train_as_ours():
         assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path, one_thread):
     scaling.main(
         (900, 500), batch_size=1, steps=4, device="cpu", threads=1, memory=8 / 1024, output=tmp_path

@@ -117,6 +117,7 @@ def test_skin_inside_a_mouth_is_left_alone():
     assert (made.exposed[-3:] == 0).all()
 
 
+@pytest.mark.slow
 def test_no_detail_is_the_plain_set(loaded_once, tmp_path):
     pytest.importorskip("anny")
     plain = AnnyFaces(tmp_path, **FEW)
@@ -144,6 +145,7 @@ def test_fewer_subjects_are_the_first_of_more(loaded_once, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_hands_swell_as_they_close(loaded_once, tmp_path):
     pytest.importorskip("anny")
     plain = AnnyHands(tmp_path, meshes=60).vertices
@@ -155,6 +157,7 @@ def test_hands_swell_as_they_close(loaded_once, tmp_path):
     assert distance.max() < 3
 
 
+@pytest.mark.slow
 def test_muscles_lie_where_they_are_and_flesh_lags(loaded_once, tmp_path):
     pytest.importorskip("anny")
     plain = anny_bodies._Bodies(tmp_path, 3, 0)

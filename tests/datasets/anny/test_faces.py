@@ -135,6 +135,7 @@ def test_neither_shape_nor_motion_depends_on_frames(faces, peaks):
     assert np.array_equal(peaks.template[0], faces.template[0])
 
 
+@pytest.mark.slow
 def test_the_seed_decides_and_nothing_else(peaks, tmp_path):
     torch.manual_seed(1)
     np.random.seed(1)
