@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pyg_attnpool import MorphableModel
+from pyg_attnpool import MeshHierarchy, MorphableModel
 from tests.mesh.meshes import blob
 
 CHECK = """
@@ -28,7 +28,7 @@ assert torch.isfinite(pool.key.grad).all()
 torch.testing.assert_close(freeze(pool)(x), pool(x))
 
 # What fits itself needs no trainer.
-from pyg_attnpool import MorphableModel
+from pyg_attnpool import MeshHierarchy, MorphableModel
 faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
 meshes = torch.randn(20, 4, 3)
 linear = MorphableModel.pca((meshes[0].numpy(), faces.numpy()), 11).fit(meshes)
@@ -104,7 +104,8 @@ def test_bare_install_pools_and_names_every_missing_extra(tmp_path):
     work = tmp_path / "work"
     work.mkdir()
     # A frozen model of this environment.
-    model = MorphableModel.coma(blob(3, seed=0), 4).freeze()
+    hierarchy = MeshHierarchy.from_template(blob(3, seed=0), factors=[4, 3])
+    model = MorphableModel.coma(hierarchy, 4, channels=(4, 8)).freeze()
     code = torch.randn(2, 4)
     model.save(tmp_path / "sent")
     torch.save((code, model.decode(code).detach()), tmp_path / "decoded.pt")
