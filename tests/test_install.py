@@ -28,7 +28,7 @@ assert torch.isfinite(pool.key.grad).all()
 torch.testing.assert_close(freeze(pool)(x), pool(x))
 
 # What fits itself needs no trainer.
-from pyg_attnpool import MeshHierarchy, MorphableModel
+from pyg_attnpool import MorphableModel
 faces = torch.tensor([[0, 2, 1], [0, 1, 3], [0, 3, 2], [1, 2, 3]])
 meshes = torch.randn(20, 4, 3)
 linear = MorphableModel.pca((meshes[0].numpy(), faces.numpy()), 11).fit(meshes)
