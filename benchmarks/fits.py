@@ -15,15 +15,11 @@ one begins. A call into the same folder goes on where the last one ended, and wr
 :obj:`fits.md` of all that is there of the same sizes.
 """
 
-import os
 import time
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
-
-# Threads that spin while they wait slow a busy machine ten times. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import torch

@@ -22,8 +22,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads
-
 import torch
 from torch import Tensor
 

@@ -7,12 +7,9 @@ Its seeds are never those of the table. Every run is a line of :obj:`rates.csv` 
 results; a call goes on where the last one ended."""
 
 import argparse
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch starts its threads
 
 from benchmarks.peers.data import SETS, load
 from benchmarks.peers.registry import PEERS, steps_of, train_peer
