@@ -66,7 +66,6 @@ def read_shape(model: MorphableModel, path: Path) -> Tensor:
 
     from pyg_attnpool.datasets.align import align
     from pyg_attnpool.datasets.sources import MeshFiles
-    from pyg_attnpool.units import metres
 
     if path.suffix.lower() == ".json":
         return _read_code(model, path)
@@ -75,10 +74,11 @@ def read_shape(model: MorphableModel, path: Path) -> Tensor:
             f"Expected a model of coordinates alone to take a mesh file (got one of "
             f"{model.in_channels} features a vertex): give codes, as files of JSON"
         )
-    scale = metres(model.unit)
     if not path.is_file():
         raise FileNotFoundError(f"Expected a mesh or a code in {path} (got no such file)")
-    mesh = MeshFiles(path.parent, [path.name], _template(model), scale, same_surface=True).read()
+    mesh = MeshFiles(
+        path.parent, [path.name], _template(model), model.unit, same_surface=True
+    ).read()
     if model.summary.get(ALIGNED, False):
         with torch.no_grad():
             mean = model.decode(model.latent_mean.unsqueeze(0))[0]

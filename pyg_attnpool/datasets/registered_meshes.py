@@ -21,7 +21,6 @@ from pyg_attnpool.datasets.sources import (
     natural_order,
 )
 from pyg_attnpool.mesh.io import read_mesh
-from pyg_attnpool.units import metres
 
 
 class RegisteredMeshes(MeshDataset):
@@ -95,7 +94,6 @@ class RegisteredMeshes(MeshDataset):
         same_surface: bool = False,
         origin: Sequence[float] | None = None,
     ):
-        scale = metres(unit)
         path = Path(root).expanduser()
         if isinstance(template, str | Path):
             template = read_mesh(Path(template).expanduser())
@@ -107,12 +105,12 @@ class RegisteredMeshes(MeshDataset):
                 names.sort(key=natural_order)
             origin = _point([0.0, 0.0, 0.0] if origin is None else origin)
             source: MeshSource = MeshFiles(
-                path, names, template, scale, features, same_surface, origin
+                path, names, template, unit, features, same_surface, origin
             )
         elif features or origin is not None:
             raise ValueError(f"Expected 'features' or 'origin' of a folder of files (got {path})")
         else:
-            source = MeshArray(path, template, scale)
+            source = MeshArray(path, template, unit)
         if cache is None:
             vertices = source.read()
         else:

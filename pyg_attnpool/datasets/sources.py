@@ -22,6 +22,7 @@ from torch import Tensor
 from pyg_attnpool.datasets.cache import FLOAT, mapped_array, progress_bar, stored
 from pyg_attnpool.files import damage_named, file_hash, opened_arrays
 from pyg_attnpool.mesh.io import SUFFIXES, in_single_precision, read_features, read_mesh
+from pyg_attnpool.units import metres
 
 # Part of every stored file: raised with every change of how meshes are read.
 GENERATOR = 2
@@ -72,7 +73,7 @@ class MeshFiles(MeshSource):
         path (Path): A folder, or a :obj:`.zip` archive.
         names (list): The files within, in the order of the meshes.
         template (tuple, optional): Vertices and faces, or the first mesh. (default: :obj:`None`)
-        scale (float, optional): The unit of the files in metres. (default: :obj:`1.0`)
+        unit (str, optional): The unit of the files. (default: :obj:`"m"`)
         features (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`()`)
         same_surface (bool, optional): As in :class:`RegisteredMeshes`. (default: :obj:`False`)
         origin (list, optional): As in :class:`RegisteredMeshes`. (default: :obj:`(0, 0, 0)`)
@@ -86,12 +87,13 @@ class MeshFiles(MeshSource):
         path: Path,
         names: list[str],
         template: tuple[ndarray, ndarray] | None = None,
-        scale: float = 1.0,
+        unit: str = "m",
         features: Sequence[str] = (),
         same_surface: bool = False,
         origin: Sequence[float] = (0.0, 0.0, 0.0),
     ):
-        self.path, self.names, self.scale, self.features = path, names, scale, tuple(features)
+        self.path, self.names, self.features = path, names, tuple(features)
+        self.metres = metres(unit)
         self.same_surface, self.origin = same_surface, np.asarray(origin, np.float64)
         self.first: Path | str = "the template"
         if template is None:
@@ -101,7 +103,7 @@ class MeshFiles(MeshSource):
             further = self._further(path / names[0], len(template[0]))
             self.channels = 3 + further.shape[1]
         self.shape, self.faces = template[0].shape, template[1]
-        self.template = scale * (template[0] - self.origin), template[1]
+        self.template = self.metres * (template[0] - self.origin), template[1]
         self.sizes = _sizes(len(names))
         self.labels = _labels(names)
 
@@ -137,7 +139,7 @@ class MeshFiles(MeshSource):
             with damage_named(self.path, "a whole archive"), ZipFile(self.path) as archive:
                 members = [archive.getinfo(name) for name in self.names]
                 content = [f"{member.file_size} {member.CRC}" for member in members]
-        settings = self.scale, self.features, self.same_surface, self.origin.tolist()
+        settings = self.metres, self.features, self.same_surface, self.origin.tolist()
         return repr((self.names, *settings, content))
 
     @contextmanager
@@ -179,7 +181,7 @@ class MeshFiles(MeshSource):
                     f"Expected the {what} of {self.first} in {file} "
                     f"(got {_difference(faces, self.faces, self.same_surface)}{hint})"
                 )
-        coordinates = self.scale * (vertices - self.origin)
+        coordinates = self.metres * (vertices - self.origin)
         coordinates = in_single_precision(f"vertices of {file}", coordinates)
         if not self.features:
             return coordinates
@@ -208,15 +210,15 @@ class MeshArray(MeshSource):
     Args:
         path (Path): A :obj:`.npy` or :obj:`.npz` file, as in :class:`RegisteredMeshes`.
         template (tuple, optional): Vertices and faces.
-        scale (float): The unit of the file in metres.
+        unit (str): The unit of the file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: As of :class:`RegisteredMeshes`.
     """
 
-    def __init__(self, path: Path, template: tuple[ndarray, ndarray] | None, scale: float):
-        self.path, self.scale = path, scale
+    def __init__(self, path: Path, template: tuple[ndarray, ndarray] | None, unit: str):
+        self.path, self.metres = path, metres(unit)
         self.vertices = _read_array(path)
         if template is None:
             raise ValueError(
@@ -227,7 +229,7 @@ class MeshArray(MeshSource):
                 f"Expected meshes of {len(template[0])} vertices as the template has in "
                 f"{path} (got {self.vertices.size(1)})"
             )
-        self.template = scale * template[0], template[1]
+        self.template = self.metres * template[0], template[1]
         self.sizes = _sizes(len(self.vertices))
         self.channels = self.vertices.size(2)
         self.labels = {}
@@ -235,20 +237,20 @@ class MeshArray(MeshSource):
     def blocks(self, start: int) -> Iterator[ndarray]:
         r"""As of :class:`~pyg_attnpool.datasets.cache.Source`."""
         for block in self.vertices.split(BLOCK)[start:]:
-            yield self._scaled(block.clone()).numpy()
+            yield self._in_metres(block).numpy()
 
     def read(self) -> Tensor:
         r"""All meshes: in memory, or mapped where their file is and is in metres."""
-        return self._scaled(self.vertices)
+        return self._in_metres(self.vertices)
 
-    def _scaled(self, x: Tensor) -> Tensor:
-        if self.scale != 1:
-            x[..., :3] *= self.scale
-        return x
+    def _in_metres(self, x: Tensor) -> Tensor:
+        if self.metres == 1:
+            return x
+        return torch.cat([self.metres * x[..., :3], x[..., 3:]], dim=-1)
 
     def content(self) -> str:
         r"""The unit, and what the file holds by its hash."""
-        return repr((self.scale, file_hash(self.path)))
+        return repr((self.metres, file_hash(self.path)))
 
 
 def mesh_names(folder: Path, suffixes: tuple[str, ...] = SUFFIXES) -> list[str]:

@@ -167,7 +167,8 @@ def fit(
     data = MeshData(train, val, batch_size, seed)
     with tempfile.TemporaryDirectory() as temporary, pl.utilities.seed.isolate_rng():
         folder = Path(temporary if output is None else output)
-        lightning = make_trainer(folder, epochs, callbacks, logger, trainer)
+        batches = -(-len(train) // batch_size), -(-len(val) // batch_size)
+        lightning = make_trainer(folder, epochs, batches, callbacks, logger, trainer)
         module.settings.update(schedule(lightning))
         # Every argument is known to be good. The first process of a training holds its lock.
         first = lightning.is_global_zero

@@ -144,6 +144,13 @@ class MeshTraining(pl.LightningModule):
             raise TypeError(
                 f"Expected 'optimizer' to make an optimizer (got {type(made).__name__})"
             )
+        own = {id(parameter) for parameter in self.parameters()}
+        held = [id(p) for group in made.param_groups for p in group["params"]]
+        if not held or not own.issuperset(held):
+            raise ValueError(
+                f"Expected 'optimizer' to hold parameters of the model (got "
+                f"{sum(p not in own for p in held)} others of {len(held)})"
+            )
         return made
 
     def loss(self, x: Tensor) -> Tensor:
@@ -167,6 +174,10 @@ class MeshTraining(pl.LightningModule):
         if not isinstance(out, Tensor) or out.shape != x.shape:
             got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
             raise ValueError(f"Expected 'transform' to keep the shape {list(x.shape)} (got {got})")
+        if not out.is_floating_point():
+            raise TypeError(
+                f"Expected 'transform' to give floating point numbers (got {out.dtype})"
+            )
         return out.to(x)
 
     def on_train_start(self) -> None:

@@ -2,6 +2,7 @@ r"""Lightning's trainer, from its arguments to the best weights."""
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -10,12 +11,14 @@ import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from pytorch_lightning.callbacks import ModelCheckpoint, TQDMProgressBar
 from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.plugins.io import TorchCheckpointIO
+from pytorch_lightning.profilers import Profiler
 from pytorch_lightning.trainer.states import TrainerStatus
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
@@ -35,6 +38,23 @@ OWN = (
     "barebones",
 )
 
+# Arguments of the trainer that it takes without a look, by what they have to be.
+FLAGS = (
+    *("benchmark", "deterministic", "detect_anomaly", "enable_model_summary"),
+    *("enable_progress_bar", "inference_mode", "sync_batchnorm", "use_distributed_sampler"),
+)
+COUNTS = {  # and the least that they may be
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "log_every_n_steps": 0,
+    "max_steps": 1,
+    "min_epochs": 0,
+    "min_steps": 0,
+    "reload_dataloaders_every_n_epochs": 0,
+}
+PARTS = ("limit_train_batches", "limit_val_batches", "val_check_interval", "overfit_batches")
+NUMBERS = (*PARTS, "gradient_clip_val")
+
 # What the result depends on, beside what `fit` tells it.
 SCHEDULE = (
     "precision",
@@ -51,13 +71,19 @@ SCHEDULE = (
 
 
 def make_trainer(
-    folder: Path, epochs: int, callbacks: Sequence[pl.Callback], logger: Any, arguments: dict
+    folder: Path,
+    epochs: int,
+    batches: tuple[int, int],
+    callbacks: Sequence[pl.Callback],
+    logger: Any,
+    arguments: dict[str, Any],
 ) -> pl.Trainer:
     r"""The trainer of a run, when every argument is known to be good; nothing is written yet.
 
     Args:
         folder (Path): The folder of checkpoints and of the log.
         epochs (int): The number of epochs.
+        batches (tuple): The numbers of batches, of training and of validation.
         callbacks (list): Callbacks beside those of checkpoints and the progress bar.
         logger (optional): A logger of Lightning. If :obj:`None`, a CSV file.
         arguments (dict): Other arguments of :class:`pytorch_lightning.Trainer`.
@@ -76,12 +102,7 @@ def make_trainer(
     refused = [name for name in OWN if name in arguments]
     if refused:
         raise TypeError(f"Expected other arguments of the trainer (got {refused}, which fit sets)")
-    for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "log_every_n_steps"):
-        value = arguments.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise TypeError(f"Expected an integer '{name}' (got {value!r})")
-        if value is not None and value < (name != "log_every_n_steps"):
-            raise ValueError(f"Expected a positive '{name}' (got {value})")
+    _check(arguments)
     plugins = arguments.get("plugins") or []
     plugins = [*plugins] if isinstance(plugins, list | tuple) else [plugins]
     arguments = {
@@ -124,10 +145,44 @@ def make_trainer(
         raise ValueError(
             f"Expected a validation within {epochs} epochs (got check_val_every_n_epoch={every})"
         )
-    for name in ("limit_train_batches", "limit_val_batches"):
-        if getattr(trainer, name) == 0:
-            raise ValueError(f"Expected meshes to train on and to validate (got {name}=0)")
+    for name, num in zip(("limit_train_batches", "limit_val_batches"), batches, strict=True):
+        limit, num = getattr(trainer, name), -(-num // trainer.world_size)
+        if (num * limit if isinstance(limit, float) else limit) < 1:
+            raise ValueError(
+                f"Expected a batch to train on and one to validate (got {name}={limit} of {num})"
+            )
     return trainer
+
+
+def _check(arguments: dict[str, Any]) -> None:
+    for name, value in arguments.items():
+        if value is None or (name == "max_steps" and value == -1):  # as many as there are
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if number and abs(value) >= 2**32 and value != math.inf:
+            raise ValueError(f"Expected '{name}' below 2**32 (got a larger one)")
+        if name in FLAGS and not isinstance(value, bool):
+            if name != "deterministic" or value != "warn":
+                raise TypeError(f"Expected '{name}' to be True or False (got {value!r})")
+        if name in COUNTS and (isinstance(value, float) or not number):
+            raise TypeError(f"Expected an integer '{name}' (got {value!r})")
+        if name in COUNTS and value < COUNTS[name]:
+            raise ValueError(f"Expected '{name}' of at least {COUNTS[name]} (got {value})")
+        if name == "val_check_interval" and value and isinstance(value, str | timedelta | dict):
+            continue  # a time
+        if name in NUMBERS and not number:
+            raise TypeError(f"Expected a number as '{name}' (got {value!r})")
+        if name == "gradient_clip_val" and not 0 <= value < math.inf:
+            raise ValueError(f"Expected a finite '{name}' of 0 or more (got {value})")
+        if name in PARTS and not (0 <= value <= 1 if isinstance(value, float) else 0 <= value):
+            raise ValueError(
+                f"Expected '{name}' to be a number of batches, or a fraction of them up to 1.0 "
+                f"(got {value})"
+            )
+        if name == "val_check_interval" and value == 0:
+            raise ValueError(f"Expected a positive '{name}' (got {value})")
+        if name == "profiler" and not isinstance(value, str | Profiler):
+            raise TypeError(f"Expected '{name}' to be one of Lightning's (got {value!r})")
 
 
 def schedule(trainer: pl.Trainer) -> dict[str, Any]:

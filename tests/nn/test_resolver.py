@@ -9,7 +9,8 @@ from torch_geometric.nn.conv import spline_conv
 from pyg_attnpool import AttentionPool, AttentionUnpool, MappingPool, MeshHierarchy
 from pyg_attnpool.models import MeshAutoencoder
 from pyg_attnpool.nn import FullPool, SpiralConv, StaticChebConv
-from pyg_attnpool.nn.resolver import GraphConv, convolution_resolver, pooling_resolver
+from pyg_attnpool.nn.resolver import convolution_resolver, pooling_resolver
+from pyg_attnpool.nn.wrappers import GraphConv
 from tests.mesh.meshes import blob
 
 SMALL = dict(channels=(4, 5), latent_channels=3, activation="elu", expand_activation=None)
