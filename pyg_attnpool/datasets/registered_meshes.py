@@ -16,11 +16,10 @@ from pyg_attnpool.datasets.sources import (
     MeshArray,
     MeshFiles,
     MeshSource,
-    check_template,
     mesh_names,
     natural_order,
 )
-from pyg_attnpool.mesh.io import read_mesh
+from pyg_attnpool.mesh.io import as_template
 
 
 class RegisteredMeshes(MeshDataset):
@@ -95,10 +94,8 @@ class RegisteredMeshes(MeshDataset):
         origin: Sequence[float] | None = None,
     ):
         path = Path(root).expanduser()
-        if isinstance(template, str | Path):
-            template = read_mesh(Path(template).expanduser())
-        elif template is not None:
-            template = check_template(*template)
+        if template is not None:
+            template = as_template(template)
         if path.is_dir():
             names = mesh_names(path)
             if self.sorts_naturally:

@@ -295,27 +295,6 @@ def natural_order(name: str) -> list[tuple[tuple[str | int, ...], str]]:
     ]
 
 
-def check_template(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
-    r"""A template given as arrays, in double precision and long integers.
-
-    Raises:
-        ValueError: If its shapes or types are others, or a face has a vertex that is not there.
-    """
-    vertices, faces = np.asarray(vertices, np.float64), np.asarray(faces)
-    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
-        raise ValueError(
-            f"Expected a 'template' of vertices [N, 3] and faces [F, 3] "
-            f"(got {list(vertices.shape)} and {list(faces.shape)})"
-        )
-    if not np.issubdtype(faces.dtype, np.integer) or not (
-        faces.size and 0 <= faces.min() and faces.max() < len(vertices)
-    ):
-        raise ValueError(
-            f"Expected 'template' faces of vertices 0 to {len(vertices) - 1} (got others)"
-        )
-    return vertices, faces.astype(np.int64)
-
-
 def _sizes(num: int) -> list[int]:
     return [min(BLOCK, num - i) for i in range(0, num, BLOCK)]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from pyg_attnpool.files import digest, read_arrays, replacing
 from pyg_attnpool.mapping import Mapping
 from pyg_attnpool.mesh.closest import barycentric_mapping
-from pyg_attnpool.mesh.io import check_mesh, edges, read_mesh
+from pyg_attnpool.mesh.io import as_template, check_mesh, edges
 from pyg_attnpool.mesh.qem import FewestVertices, decimate
 from pyg_attnpool.mesh.spiral import reference_vertices, spiral_sequences
 
@@ -106,11 +106,7 @@ class MeshHierarchy:
         Raises:
             ValueError: If the mesh is not valid, or the counts do not descend or are too low.
         """
-        if isinstance(template, str | Path):
-            vertices, faces = read_mesh(template)
-        else:
-            vertices, faces = template
-        vertices, faces = check_mesh(vertices, faces)
+        vertices, faces = check_mesh(*as_template(template))
         counts = _counts(len(vertices), num_vertices, factors)
 
         path = None

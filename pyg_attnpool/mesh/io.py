@@ -303,6 +303,26 @@ def in_single_precision(name: str, vertices: ndarray) -> ndarray:
     return single
 
 
+def as_template(template: str | Path | tuple[ndarray, ndarray]) -> tuple[ndarray, ndarray]:
+    r"""Vertices and faces of a template, which is a mesh file or two arrays, in double precision
+    and long integers.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If shapes are wrong, or a face has a vertex that is not there.
+    """
+    if isinstance(template, str | Path):
+        return read_mesh(Path(template).expanduser())
+    try:
+        vertices, faces = template
+    except (TypeError, ValueError) as e:
+        raise TypeError(
+            f"Expected a template as a mesh file or as vertices and faces (got "
+            f"{type(template).__name__})"
+        ) from e
+    return check_arrays(vertices, faces)
+
+
 def check_arrays(vertices: ndarray, faces: ndarray) -> tuple[ndarray, ndarray]:
     r"""Checks types, shapes and range of vertices and faces, before the mesh that they make up."""
     if np.ma.is_masked(vertices) or np.ma.is_masked(faces):

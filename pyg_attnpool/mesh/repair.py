@@ -3,6 +3,7 @@ r"""Repairs that a mesh needs to be a template, without moving a vertex."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
@@ -115,8 +116,8 @@ def repair(vertices: ndarray, faces: ndarray, merge: float | None = 0.0) -> Repa
         (100, 4, 3)
     """
     vertices, faces = check_arrays(vertices, faces)
-    if merge is not None and not 0 <= merge < np.inf:
-        raise ValueError(f"Expected 'merge' to be a distance or None (got {merge})")
+    if merge is not None and not (isinstance(merge, Real) and 0 <= merge < np.inf):
+        raise ValueError(f"Expected 'merge' to be a distance or None (got {merge!r})")
     used = np.unique(faces)
     broken = used[~np.isfinite(vertices[used]).all(axis=1)]
     if len(broken) > 0:

@@ -11,8 +11,8 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import Module
 
-from pyg_attnpool.mesh import MeshHierarchy, read_mesh
-from pyg_attnpool.mesh.io import in_single_precision, properties
+from pyg_attnpool.mesh import MeshHierarchy
+from pyg_attnpool.mesh.io import as_template, in_single_precision, properties
 from pyg_attnpool.models.coma import coma
 from pyg_attnpool.models.compiled import compiled_decoder, compiled_encoder
 from pyg_attnpool.models.modal import modal
@@ -766,16 +766,9 @@ def _template(template: Template, scale: float) -> tuple[ndarray, ndarray, MeshH
     # Vertices in metres, faces, and the hierarchy where there is one.
     if isinstance(template, MeshHierarchy):
         return template.vertices[0], template.faces[0], template
-    if isinstance(template, str | Path):
-        vertices, faces = read_mesh(template)
-        return scale * vertices, faces, None
-    vertices, faces = (np.asarray(a) for a in template)
-    if vertices.ndim != 2 or vertices.shape[1] != 3 or faces.ndim != 2 or faces.shape[1] != 3:
-        raise ValueError(
-            f"Expected a template of vertices [N, 3] and faces [F, 3] "
-            f"(got {list(vertices.shape)} and {list(faces.shape)})"
-        )
-    return vertices.astype(np.float64), faces.astype(np.int64), None
+    vertices, faces = as_template(template)
+    # Files are in the unit of the model, arrays in metres.
+    return (scale if isinstance(template, str | Path) else 1) * vertices, faces, None
 
 
 def _hierarchy(template: Template, unit: str) -> MeshHierarchy:

@@ -218,6 +218,7 @@ def _network(
     kind = description.pop("type")
     if autoencoder is not None:
         return autoencoder
+    _check_sizes(description, tensors)
     if kind == "PCA":
         return PCA.empty(len(tensors["template"]), **description)
     if kind not in ("MeshAutoencoder", "ModalAutoencoder"):
@@ -231,6 +232,21 @@ def _network(
         if kind == "MeshAutoencoder":
             return _mesh_autoencoder(AutoencoderConfig(**description), hierarchy, tensors)
         return _modal_autoencoder(ModalConfig(**description), hierarchy, tensors)
+
+
+def _check_sizes(description: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    # Layers are made before they are compared with the file. Their sizes and numbers cannot be
+    # larger than those of its tensors.
+    largest = max(len(tensors), *(size for t in tensors.values() for size in t.shape))
+    values = [(name, value) for name, value in description.items() if name != "kl_warmup"]
+    while values:
+        name, value = values.pop()
+        if isinstance(value, dict):
+            values += value.items()
+        elif isinstance(value, list):
+            values += [(name, item) for item in value]
+        elif isinstance(value, int) and abs(value) > largest:
+            raise ValueError(f"'{name}' of {value} in a file of sizes up to {largest}")
 
 
 def _mesh_autoencoder(

@@ -185,7 +185,7 @@ def test_bad_arrays(tmp_path):
         RegisteredMeshes(path)
     with pytest.raises(ValueError, match=r"5 vertices .*meshes\.npz \(got 4\)"):
         RegisteredMeshes(path, (np.zeros((5, 3)), FACES))
-    with pytest.raises(ValueError, match="'template' faces of vertices 0 to 3"):
+    with pytest.raises(ValueError, match="faces of vertices 0 to 3"):
         RegisteredMeshes(path, (template[0], FACES + 1))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
