@@ -39,15 +39,20 @@ NOTES = (
 def count(family: str, cases: int, package: Path | None, seconds: float) -> dict:
     r"""Verdicts of a family."""
     start, verdicts = time.perf_counter(), Counter()
+    by_layer: dict[str, dict] = {}
     if family in ("kills", "disks"):  # whose cases start processes of their own
         seconds *= 10
     for result in campaign(family, 0, cases, package, seconds):
         verdicts[result.verdict] += 1
+        if family == "tools":
+            layer, tool = PAIRS[result.number]
+            by_layer.setdefault(layer, {"layer": layer})[tool] = result.verdict
         if result.verdict != "held" and package is None:
             print(result, flush=True)
     row = {"family": family, "cases": verdicts.total()}
     row |= {verdict: verdicts[verdict] for verdict in VERDICTS}
-    return row | {"seconds": time.perf_counter() - start}
+    row["seconds"] = time.perf_counter() - start
+    return row | ({"by_layer": list(by_layer.values())} if by_layer else {})
 
 
 def main(
@@ -84,7 +89,7 @@ def main(
                 cases = max(1, round(cases * share * (share_before if older else 1)))
             row = {"version": version}
             row |= count(family, cases, package, seconds_before if older else seconds)
-            print(row, flush=True)
+            print({key: row[key] for key in row if key != "by_layer"}, flush=True)
             # What other runs have measured of other versions and families stays.
             same = {key: row[key] for key in ("version", "family")}
             rows = [old for old in rows if not same.items() <= old.items()] + [row]
@@ -96,8 +101,11 @@ def write(rows: list[dict], output: Path, seconds: float, seconds_before: float)
     rows = sorted(rows, key=lambda row: (row["version"] == "now", order.index(row["family"])))
     tables: dict[str, list[dict]] = {}
     for row in rows:
-        shown = {key: value for key, value in row.items() if key != "version"}
+        shown = {key: row[key] for key in row if key not in ("version", "by_layer")}
         tables.setdefault(row["version"], []).append(shown)
+    for row in rows:
+        if "by_layer" in row:
+            tables[f"tools by layer, {row['version']}"] = row["by_layer"]
     about = report.machine("cpu") | {"seconds a case": seconds, "of another": seconds_before}
     report.write(output, "hostile", report.command(), rows, tables, about, NOTES)
 

@@ -176,6 +176,13 @@ def _evaluating(model: Model, example: Tensor) -> Module:
         raise ValueError(f"Expected an example of a batch of inputs (got {got})")
     if not example.is_floating_point():
         raise ValueError(f"Expected an example of floating point numbers (got {example.dtype})")
+    tensors = (*model.parameters(), *model.buffers())
+    kinds = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    if kinds and example.dtype not in kinds:
+        raise ValueError(
+            f"Expected an example of the model's type {sorted(map(str, kinds))} (got "
+            f"{example.dtype})"
+        )
     if not torch.isfinite(example).all():
         raise ValueError("Expected an example of finite numbers (got NaN or infinity)")
     return copy.deepcopy(model).eval()  # the caller's stays in its mode

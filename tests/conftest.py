@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,17 @@ import torch
 DEVICES = ["cpu"]
 if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+# Coverage slows PyTorch's own compilers, the most of these tests, by two thirds. Other tests reach
+# the same lines of this package.
+COMPILERS = re.compile("test_export.py|compiles|opcheck|inductor|decomposition|_exports|tooling")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if COMPILERS.search(item.nodeid):
+            item.add_marker(pytest.mark.no_cover)
 
 
 @pytest.fixture(params=DEVICES)

@@ -178,7 +178,12 @@ def test_onnx_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
     check_in_a_fresh_process(LOAD_ONNX, model, tmp_path)
 
 
-@pytest.mark.parametrize("down", ["full", "diffpool", "variant"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "down", ["diffpool", pytest.param("full", marks=SLOW), pytest.param("variant", marks=SLOW)]
+)
 def test_the_other_poolings_are_exported_too(tmp_path, hierarchy, down):
     model = MeshAutoencoder(hierarchy, down=down, conv_kwargs={"K": 3}, **SMALL)
     example = make_inputs(model, 1)
@@ -277,6 +282,7 @@ def test_a_model_that_holds_attention_is_refused(tmp_path, hierarchy, export):
         ("x", "str"),
         (torch.zeros(2, 9, 3).long(), "int64"),
         (torch.full((2, 9, 3), torch.nan), "NaN or infinity"),
+        (torch.zeros(2, 9, 3).double(), "torch.float64"),
     ],
 )
 def test_bad_examples(tmp_path, example, got):
