@@ -128,6 +128,21 @@ def test_evaluate_says_what_the_models_own_meshes_are_like(linear, scans, capsys
         assert f"\n{name} " in shown
 
 
+def test_evaluate_reads_the_features_of_the_model(tmp_path, capsys):
+    vertices, faces = blob(2, seed=0)
+    stretch = np.random.default_rng(0).uniform(0.9, 1.1, size=(12, 1, 3))
+    x = torch.from_numpy(0.1 * stretch * vertices).float()
+    brightness = 1000 * x[..., :1].abs().sum(dim=1, keepdim=True).expand(-1, len(vertices), 1)
+    meshes = torch.cat([x, brightness], dim=2)
+    model = MorphableModel.pca((0.1 * vertices, faces), 4, in_channels=4)
+    model.fit(meshes).features = ("brightness",)
+    for i, mesh in enumerate(meshes):
+        model.write_mesh(tmp_path / "scans" / f"{i}.ply", mesh)
+    model.save(tmp_path / "model")
+    assert main(["evaluate", str(tmp_path / "model"), str(tmp_path / "scans"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["mean"] < 1e-3
+
+
 def test_sample_writes_the_models_own_samples(linear, tmp_path, capsys):
     assert main(["sample", str(linear), "-o", str(tmp_path / "new"), "--n", "3"]) == 0
     model = MorphableModel.load(linear / "model")

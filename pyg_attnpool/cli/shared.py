@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -31,15 +31,19 @@ def read_model(folder: Path) -> MorphableModel:
     return MorphableModel.load(inner if (inner / "config.json").exists() else folder)
 
 
-def read_meshes(data: Path, template: Any, unit: str, align: bool) -> RegisteredMeshes:
+def read_meshes(
+    data: Path, template: Any, unit: str, align: bool, features: Sequence[str] = ()
+) -> RegisteredMeshes:
     from pyg_attnpool.datasets import RegisteredMeshes
 
-    return RegisteredMeshes(data, template, unit, align=align)
+    return RegisteredMeshes(data, template, unit, align=align, features=features)
 
 
 def read_meshes_of(model: MorphableModel, data: Path) -> RegisteredMeshes:
     r"""Meshes of the model's template, in its unit and in the pose that it knows."""
-    return read_meshes(data, _template(model), model.unit, model.summary.get(ALIGNED, False))
+    features = model.features if data.is_dir() else ()  # an array has them in its order
+    align = model.summary.get(ALIGNED, False)
+    return read_meshes(data, _template(model), model.unit, align, features)
 
 
 def read_training_meshes(runs: Collection[Path]) -> MeshDataset:

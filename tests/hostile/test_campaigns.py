@@ -27,19 +27,28 @@ def test_every_claim():
     assert failures("claims", 0, len(NAMES)) == []
 
 
+# Classes, as a worker takes one at a time.
 @pytest.mark.slow
-@pytest.mark.parametrize("part", range(1, 10))
-@pytest.mark.parametrize("family", SOME)
-def test_ten_thousand_cases(family, part):
-    cases = SOME[family]
-    assert failures(family, part * cases, (part + 1) * cases) == []
+class TestTenThousand:
+    @pytest.mark.parametrize("part", range(1, 10))
+    @pytest.mark.parametrize("family", SOME)
+    def test_cases(self, family, part):
+        cases = SOME[family]
+        assert failures(family, part * cases, (part + 1) * cases) == []
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-@pytest.mark.parametrize("family, cases", [("kills", 16), ("disks", 60)])
-def test_kills_and_full_disks(family, cases):
-    assert failures(family, 0, cases, seconds=300) == []
+class TestKills:
+    def test_trainings_go_on(self):
+        assert failures("kills", 0, 16, seconds=300) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+class TestDisks:
+    def test_a_full_one_leaves_whole_files(self):
+        assert failures("disks", 0, 60, seconds=300) == []
 
 
 def test_what_becomes_of_cases_is_told(tmp_path):
