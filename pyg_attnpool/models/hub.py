@@ -1,5 +1,5 @@
-r"""Models on the Hugging Face Hub (extra :obj:`hub`), in the folder's format of
-:mod:`pyg_attnpool.models.storage`."""
+r"""Models that come with the package, and those on the Hugging Face Hub (extra :obj:`hub`), in the
+folder's format of :mod:`pyg_attnpool.models.storage`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ from pyg_attnpool.models.storage import CARD, CONFIG, HIERARCHY, WEIGHTS, load, 
 if TYPE_CHECKING:
     from pyg_attnpool.models.morphable import MorphableModel
 
+# Models that come with the package (benchmarks/pretrained.py), by their names.
+OWN = Path(__file__).parent.parent / "pretrained"
+
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -26,10 +29,14 @@ def from_pretrained(
     token: str | None = None,
     autoencoder: Module | None = None,
 ) -> MorphableModel:
-    r"""Reads a model from a folder or from the Hub; see :meth:`MorphableModel.from_pretrained`."""
+    r"""Reads a model from a folder, this package or the Hub; see
+    :meth:`MorphableModel.from_pretrained`."""
     if str(source) and Path(source).is_dir():
         return load(source, autoencoder)
-    name = _repository(source)
+    own = sorted(path.name for path in OWN.iterdir() if path.is_dir()) if OWN.is_dir() else []
+    if source in own:
+        return load(OWN / source, autoencoder)
+    name = _repository(source, own)
     hub = _hub()
     with _named(name):
         folder = hub.snapshot_download(
@@ -54,18 +61,19 @@ def push_to_hub(
     api = _hub().HfApi(token=token, library_name="pyg_attnpool")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / name.split("/")[1]
-        save(model, folder, name)
+        save(model, folder, name=name)
         with _named(name):
             api.create_repo(name, private=private, exist_ok=True)
             done = api.upload_folder(repo_id=name, folder_path=folder, commit_message=message)
     return str(done.oid)
 
 
-def _repository(name: Any) -> str:
+def _repository(name: Any, own: list[str] | None = None) -> str:
     if not isinstance(name, str) or not REPOSITORY.fullmatch(name):
+        names = f"one of {own}, " if own else ""
         raise ValueError(
-            f"Expected the folder of a model, or 'owner/name' of a repository on the Hugging Face "
-            f"Hub (got {str(name)!r})"
+            f"Expected {names}the folder of a model, or 'owner/name' of a repository on the "
+            f"Hugging Face Hub (got {str(name)!r})"
         )
     return name
 

@@ -609,12 +609,15 @@ class MorphableModel(IndexedModule):
 
     # Sending it ######################################################################
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, compact: bool = False) -> None:
         r"""Writes the model to one folder (:mod:`pyg_attnpool.models.storage`), which takes the
         place of an older one as a whole.
 
         Args:
             folder (str or Path): The folder.
+            compact (bool, optional): If set to :obj:`True`, large weights are rounded to half
+                precision, for a folder of half the size. What is loaded computes in the type of the
+                model. (default: :obj:`False`)
 
         Raises:
             NotADirectoryError: If a file is in its place.
@@ -627,7 +630,7 @@ class MorphableModel(IndexedModule):
         """
         from pyg_attnpool.models.storage import save
 
-        save(self, folder)
+        save(self, folder, compact)
 
     @classmethod
     def load(cls, folder: str | Path, autoencoder: Module | None = None) -> MorphableModel:
@@ -660,11 +663,14 @@ class MorphableModel(IndexedModule):
         token: str | None = None,
         autoencoder: Module | None = None,
     ) -> MorphableModel:
-        r"""Reads a model from a folder, or from the `Hugging Face Hub <https://huggingface.co>`_
-        (extra :obj:`hub`), of which a copy stays in its cache and serves without a connection.
+        r"""Reads a model from a folder, one that comes with the package, or one from the
+        `Hugging Face Hub <https://huggingface.co>`_ (extra :obj:`hub`), of which a copy stays in
+        its cache and serves without a connection.
 
         Args:
-            source (str or Path): A folder of :meth:`save`, or :obj:`"owner/name"` of a repository.
+            source (str or Path): A folder of :meth:`save`; :obj:`"faces"`, :obj:`"bodies"` or
+                :obj:`"hands"` of latent size 8, :obj:`"faces-32"`, :obj:`"bodies-32"` or
+                :obj:`"hands-32"`; or :obj:`"owner/name"` of a repository.
             revision (str, optional): A branch, tag or commit of the repository; by default its
                 newest. (default: :obj:`None`)
             token (str, optional): A token for private repositories; by default that of a login.
@@ -680,6 +686,8 @@ class MorphableModel(IndexedModule):
             >>> model.save("my_model")
             >>> MorphableModel.from_pretrained("my_model")
             MorphableModel(PCA, num_vertices=642, latent_channels=3, unit='m')
+            >>> MorphableModel.from_pretrained("hands").num_vertices  # doctest: +SKIP
+            1193
             >>> MorphableModel.from_pretrained("owner/name")  # doctest: +SKIP
         """
         from pyg_attnpool.models.hub import from_pretrained

@@ -27,7 +27,7 @@ class PCA(torch.nn.Module):
         tensor(True)
     """
 
-    standardized = False  # `MorphableModel.fit` leaves mean and scale to the model
+    standardized = False  # `MorphableModel.fit` leaves the mean, and coordinates their unit
     mean: Tensor
     components: Tensor
 

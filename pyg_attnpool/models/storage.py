@@ -40,16 +40,26 @@ FORMAT = "pyg_attnpool.MorphableModel"
 VERSION = 1
 CONFIG, WEIGHTS, HIERARCHY, CARD = "config.json", "model.safetensors", "hierarchy.npz", "README.md"
 
+# Of a compact folder: large tensors of a network with these names are in half precision.
+ROUNDED, LARGE = (".weight", ".components"), 1024
 
-def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> None:
+
+def save(
+    model: MorphableModel, folder: str | Path, compact: bool = False, name: str | None = None
+) -> None:
     r"""Writes a model; see :meth:`MorphableModel.save`. The card calls it :obj:`name`, by default
     as the folder."""
+    if not isinstance(compact, bool):
+        raise TypeError(f"Expected 'compact' to be True or False (got {compact!r})")
     tensors = {
         # Copies, as the format refuses views of one storage.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, tensor in model.state_dict().items()
     }
     _check_numbers(tensors)
+    if compact:
+        tensors = {name: _compact(name, tensor) for name, tensor in tensors.items()}
+        _check_numbers(tensors, compact)
     config: dict[str, Any] = {
         "format": FORMAT,
         "version": VERSION,
@@ -59,6 +69,7 @@ def save(model: MorphableModel, folder: str | Path, name: str | None = None) -> 
         "template": _template_hash(tensors),
         "hierarchy": None if model.hierarchy is None else model.hierarchy.hash,
         "training": model.summary,
+        **({"compact": True} if compact else {}),
     }
     with replacing_folder(folder, _check_replaceable) as temporary:
         (temporary / WEIGHTS).write_bytes(safetensors.torch.save(tensors))
@@ -105,7 +116,11 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
         if config["hierarchy"] is not None:
             hierarchy = MeshHierarchy.load(folder / HIERARCHY)
         tensors = safetensors.torch.load((folder / WEIGHTS).read_bytes())
-        _check_numbers(tensors)
+        compact = config.get("compact", False)
+        _check_numbers(tensors, compact)
+        if compact:
+            kinds = {torch.half: tensors["mean"].dtype, torch.int32: torch.int64}
+            tensors = {name: t.to(kinds.get(t.dtype, t.dtype)) for name, t in tensors.items()}
         if hierarchy is not None and hierarchy.hash != config["hierarchy"]:
             raise ValueError(f"another hierarchy, {hierarchy.hash[:16]}")
         if _template_hash(tensors) != config["template"]:
@@ -165,10 +180,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _check_numbers(tensors: dict[str, Tensor]) -> None:
+def _compact(name: str, tensor: Tensor) -> Tensor:
+    if tensor.dtype == torch.int64:
+        return tensor.int()  # vertices, of which no template has 2**31
+    rounded = name.startswith("autoencoder.") and name.endswith(ROUNDED)
+    return tensor.half() if rounded and tensor.numel() >= LARGE else tensor
+
+
+def _check_numbers(tensors: dict[str, Tensor], compact: bool = False) -> None:
     kind = tensors["mean"].dtype if "mean" in tensors else None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.dtype != kind:
+        half = compact and tensor.dtype == torch.half
+        if tensor.is_floating_point() and tensor.dtype != kind and not half:
             raise ValueError(f"Expected a model of {kind} (got {tensor.dtype} in '{name}')")
         if not torch.isfinite(tensor).all():
             raise ValueError(

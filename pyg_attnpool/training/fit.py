@@ -283,11 +283,12 @@ def _describe(model: MorphableModel, train: Any, val: Any) -> dict[str, Any]:
 
 def _set_statistics(model: MorphableModel, mean: Tensor, std: Tensor) -> None:
     wanted = getattr(model.autoencoder, "standardized", True)
-    if not wanted:
-        mean, std = torch.zeros_like(mean), torch.ones_like(std)
-    elif wanted == "uniform":  # one for the coordinates of all vertices, one for each other feature
-        variance = std.double().square().mean(dim=0)
-        variance[:3] = variance[:3].mean()
+    # One for the coordinates of all vertices, one for each other feature.
+    variance = std.double().square().mean(dim=0)
+    variance[:3] = variance[:3].mean()
+    if not wanted:  # coordinates in metres, and other features such that they vary as much
+        mean, std = torch.zeros_like(mean), (variance / variance[0]).sqrt().expand_as(std).to(std)
+    elif wanted == "uniform":
         std = variance.sqrt().expand_as(std).to(std)
     model.set_statistics(mean.to(model.mean), std.to(model.std))
 

@@ -335,6 +335,44 @@ def test_numbers_that_are_none_are_not_written(tmp_path, hierarchy):
     assert MorphableModel.load(tmp_path / "model")(inputs(model)).isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float, torch.double])
+def test_a_compact_folder_rounds_large_weights_alone(tmp_path, hierarchy, dtype):
+    wide = dict(channels=(4, 40), decoder_channels=(40, 40, 3))
+    model = make_model(hierarchy, unit="mm", **wide).to(dtype).freeze()
+    model.save(tmp_path / "whole")
+    model.save(tmp_path / "compact", compact=True)
+    sizes = [
+        (tmp_path / name / "model.safetensors").stat().st_size for name in ("whole", "compact")
+    ]
+    assert sizes[1] < 0.8 * sizes[0]  # of small weights, much is the template
+    loaded = MorphableModel.load(tmp_path / "compact")
+    rounded = set()
+    for name, tensor in model.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == tensor.dtype and found.shape == tensor.shape
+        if not torch.equal(found, tensor):
+            assert torch.equal(found, tensor.half().to(dtype)) and tensor.numel() >= 1024
+            rounded.add(name)
+    assert rounded and all(name.startswith("autoencoder.") for name in rounded)
+    x = inputs(model).to(dtype)
+    assert (loaded(x) - model(x)).abs().max() < 1e-2 * model(x).abs().max()
+    # As any other, it is saved whole again.
+    loaded.save(tmp_path / "again")
+    assert torch.equal(MorphableModel.load(tmp_path / "again")(x), loaded(x))
+
+
+def test_weights_beyond_half_precision_are_not_rounded_to_infinity(tmp_path, hierarchy):
+    model = make_model(hierarchy, channels=(4, 40), decoder_channels=(40, 40, 3))
+    with torch.no_grad():
+        model.autoencoder.from_latent.weight *= 1e8
+    model.save(tmp_path / "model")
+    with pytest.raises(ValueError, match="infinity in 'autoencoder.from_latent.weight'"):
+        model.save(tmp_path / "model", compact=True)
+    MorphableModel.load(tmp_path / "model")
+    with pytest.raises(TypeError, match="'compact' to be True or False .got 1"):
+        model.save(tmp_path / "model", compact=1)
+
+
 def test_folders_of_before_are_refused_with_a_way_out(tmp_path):
     (tmp_path / "model.json").write_text("{}")
     with pytest.raises(ValueError, match="MeshAutoencoder.save of version 0.1.*no units"):
