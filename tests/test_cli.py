@@ -185,6 +185,7 @@ def turned(mesh):
     return mesh @ turn.T + torch.tensor([30.0, -10, 5])
 
 
+@pytest.mark.slow
 def test_fit_registers_scans_of_other_topology(linear, tmp_path, capsys):
     truth = turned(stretched([95.0, 104, 100]))
     order = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))
@@ -261,6 +262,7 @@ def test_fit_starts_from_landmarks(linear, tmp_path):
     assert (read(tmp_path / "out.ply") - truth).norm(dim=1).mean() < 0.5
 
 
+@pytest.mark.slow
 def test_one_bad_scan_of_a_folder_is_named_and_the_others_are_fitted(linear, tmp_path, capsys):
     write(tmp_path / "scans" / "a.ply", stretched([95.0, 104, 100]))
     (tmp_path / "scans" / "b.ply").write_bytes(b"ply, but not really")

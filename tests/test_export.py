@@ -90,7 +90,7 @@ def test_a_model_without_attention_stays_as_it_is():
 
 CASES = [
     (coma, "attention"),
-    (neural3dmm, "attention"),
+    pytest.param(neural3dmm, "attention", marks=pytest.mark.slow),
     pytest.param(coma, "qem", marks=pytest.mark.slow),
     pytest.param(neural3dmm, "qem", marks=pytest.mark.slow),
 ]

@@ -119,7 +119,8 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
         compact = config.get("compact", False)
         _check_numbers(tensors, compact)
         if compact:
-            kinds = {torch.half: tensors["mean"].dtype, torch.int32: torch.int64}
+            kinds = {torch.half: tensors["mean"].dtype}
+            kinds |= dict.fromkeys((torch.int16, torch.int32), torch.int64)
             tensors = {name: t.to(kinds.get(t.dtype, t.dtype)) for name, t in tensors.items()}
         if hierarchy is not None and hierarchy.hash != config["hierarchy"]:
             raise ValueError(f"another hierarchy, {hierarchy.hash[:16]}")
@@ -182,7 +183,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 def _compact(name: str, tensor: Tensor) -> Tensor:
     if tensor.dtype == torch.int64:
-        return tensor.int()  # vertices, of which no template has 2**31
+        fits = tensor.numel() == 0 or tensor.abs().max() < 2**15
+        return tensor.short() if fits else tensor.int()  # no template has 2**31 vertices
     rounded = name.startswith("autoencoder.") and name.endswith(ROUNDED)
     return tensor.half() if rounded and tensor.numel() >= LARGE else tensor
 

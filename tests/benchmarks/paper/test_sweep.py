@@ -27,6 +27,7 @@ from tests.benchmarks.paper.few import FEW, rows_of, untimed  # noqa: E402
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_rows_are_the_grid(options, folder):
     found = sweep(FEW, options)[str(folder)]
     rows = rows_of(options.output / "few.csv")
