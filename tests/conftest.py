@@ -1,5 +1,6 @@
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ if torch.cuda.is_available():
 
 
 # Coverage slows PyTorch's own compilers, the most of some tests, by two thirds, and others look at
-# programs beside the package. Further tests reach the same lines of it.
+# programs beside the package, or again at the same lines with other parameters.
 UNCOVERED = re.compile(
     "test_export.py|compiles|opcheck|inductor|decomposition|_exports|tooling|"
     "tests/benchmarks|tests/hostile|test_examples.py|test_readme.py"
@@ -20,8 +21,11 @@ UNCOVERED = re.compile(
 
 
 def pytest_collection_modifyitems(items):
+    cases: Counter = Counter()
     for item in items:
-        if UNCOVERED.search(item.nodeid):
+        name = item.nodeid.partition("[")[0]
+        cases[name] += 1
+        if UNCOVERED.search(name) or cases[name] > 8:
             item.add_marker(pytest.mark.no_cover)
 
 

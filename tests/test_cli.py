@@ -539,6 +539,7 @@ sys.exit(f"imported {heavy}" if heavy else 0)
     assert process.returncode == 0, error
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="Windows sends Ctrl-C to whole groups of processes")
 def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(scans, tmp_path):
     run = tmp_path / "run"
@@ -556,6 +557,7 @@ def test_ctrl_c_leaves_whole_files_and_says_how_to_go_on(scans, tmp_path):
     assert checkpoint["epoch"] >= 0 and not (run / "model").exists()
 
 
+@pytest.mark.slow
 def test_output_that_nobody_reads_to_its_end_is_no_mistake(linear):
     process = started(
         ["-m", "pyg_attnpool.cli", "info", str(linear), "--json"], stdout=subprocess.PIPE

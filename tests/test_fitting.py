@@ -263,6 +263,7 @@ def test_a_file_is_read_in_the_unit_of_the_model(linear, tmp_path):
     assert_close(fit.mesh, linear.fit_to((vertices, faces)).mesh, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_fit_repeats(linear):
     scan = partial(meshes(1, seed=3)[0])
     first, second = linear.fit_to(scan), linear.fit_to(scan)

@@ -51,6 +51,7 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_rates_are_looked_for_once(run, tmp_path, capsys):
     folder = tmp_path / "found"
     options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--root", str(tmp_path)]
@@ -65,6 +66,7 @@ def test_rates_are_looked_for_once(run, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
     rows, table, _ = run("--seeds", "0")
     assert [row["peer"] for row in rows] == ["PCA", "MLP"]

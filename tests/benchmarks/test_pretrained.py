@@ -10,6 +10,7 @@ from pyg_attnpool import MeshHierarchy, MorphableModel  # noqa: E402
 from tests.mesh.meshes import blob  # noqa: E402
 
 
+@pytest.mark.slow
 def test_a_model_is_written_with_what_it_was_made_of(tmp_path, monkeypatch):
     vertices, faces = blob(3, seed=0)
     hierarchy = MeshHierarchy.from_template((0.1 * vertices, faces), factors=[4])

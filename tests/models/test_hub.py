@@ -89,6 +89,7 @@ def errors(calls, tmp_path, url):
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_is_one_line(model, server, tmp_path):
     server.repositories["anna/bodies"] = {"README.md": b"nothing yet"}
     bodies = "MorphableModel.from_pretrained('anna/bodies'"

@@ -141,6 +141,7 @@ def test_a_training_says_what_the_codes_tell(hierarchy, make, tmp_path):
     assert_close(torch.from_numpy(run_plan(decoder_plan(loaded), z.numpy())).float(), out)
 
 
+@pytest.mark.slow
 def test_collapse_is_named_and_free_bits_prevent_it(hierarchy):
     with pytest.warns(UserWarning, match="3 of 3 latent channels have collapsed"):
         model = trained(hierarchy, MorphableModel.coma, kl_weight=100.0, kl_warmup=0, epochs=25)

@@ -297,6 +297,7 @@ def test_a_network_that_is_no_morphable_model_has_no_error(hierarchy):
         reconstruction_error(network, meshes(3))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallopt"),
     reason="needs the GNU C library",
@@ -486,6 +487,7 @@ def test_compiled_training_has_the_same_losses(tmp_path, hierarchy, pool):
     torch.testing.assert_close(train_losses(tmp_path / "compiled"), losses, rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_half_precision_trains_about_as_well(tmp_path, hierarchy):
     single = run(hierarchy, tmp_path / "single", epochs=8)
     half = run(hierarchy, tmp_path / "half", epochs=8, precision="bf16-mixed")
