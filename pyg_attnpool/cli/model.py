@@ -38,7 +38,7 @@ def train(
     template: Path | None = None,
     unit: Unit = "m",
     align: bool = False,
-    model: Literal["neural3dmm", "modal", "coma", "pca"] = "neural3dmm",
+    model: Literal["modal", "neural3dmm", "coma", "pca"] = "modal",
     latent: int = 8,
     steps: int = 5000,
     batch_size: int = 16,
@@ -57,7 +57,7 @@ def train(
         template: Mesh file of the template; by default the first mesh.
         unit: Unit of the files.
         align: Turn and move every mesh onto the template first.
-        model: neural3dmm (spiral convolutions), modal (bent principal components), coma or pca.
+        model: modal (principal components, bent), neural3dmm (spiral convolutions), coma or pca.
         latent: Size of the latent code.
         steps: Training steps, rounded up to whole epochs.
         batch_size: Meshes per step.
