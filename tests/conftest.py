@@ -11,7 +11,7 @@ if torch.cuda.is_available():
     DEVICES.append(pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-# Coverage slows PyTorch's own compilers, the most of these tests, by two thirds. Others reach the same
+# Coverage slows the compilers of PyTorch, most of these tests, by two thirds. Others reach the same
 # lines of the package.
 UNCOVERED = re.compile("test_export.py|_exports|inductor")
 

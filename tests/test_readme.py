@@ -66,6 +66,12 @@ def test_from_a_folder_of_scans_to_a_model_that_is_sent(scans, monkeypatch):
     np.testing.assert_allclose(out, model(meshes).detach().numpy(), atol=1e-5)
 
 
+def test_a_model_that_comes_with_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(snippet('from_pretrained("faces")'), {"MorphableModel": MorphableModel})
+    assert Path("faces.html").stat().st_size < 4e6
+
+
 def test_layers_in_a_network_of_your_own(scans):
     hierarchy = MeshHierarchy.from_template("template.ply", factors=[4])
     names = {"x": torch.randn(2, hierarchy.num_vertices[0], 5)}
