@@ -33,8 +33,8 @@ NOTES = (
     "operators; folders: damaged models, hierarchies, trainings, caches and arrays; geometry: "
     "repair, hierarchies, spirals, closest points; kills: three kills a case at random moments; "
     "disks: writers on a disk that is full after some bytes.",
-    "Kills and disks are of this version alone, as an older one lacks what they need; its rows stay "
-    "from the run that counted them.",
+    "Kills and disks are of this version alone, as an older one lacks what they need; its rows "
+    "stay from the run that counted them.",
 )
 
 
