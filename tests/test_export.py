@@ -178,12 +178,8 @@ def test_onnx_export_runs_without_this_package(tmp_path, hierarchy, make, pool):
     check_in_a_fresh_process(LOAD_ONNX, model, tmp_path)
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize(
-    "down", ["diffpool", pytest.param("full", marks=SLOW), pytest.param("variant", marks=SLOW)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("down", ["full", "diffpool", "variant"])
 def test_the_other_poolings_are_exported_too(tmp_path, hierarchy, down):
     model = MeshAutoencoder(hierarchy, down=down, conv_kwargs={"K": 3}, **SMALL)
     example = make_inputs(model, 1)
@@ -193,6 +189,7 @@ def test_the_other_poolings_are_exported_too(tmp_path, hierarchy, down):
     assert_close(out, model(x))
 
 
+@pytest.mark.slow
 def test_the_export_has_the_parameters_of_the_qem_twin_and_no_training_data(tmp_path, hierarchy):
     counts, path = {}, tmp_path / "model.pt2"
     for pool in ("qem", "attention"):
@@ -216,6 +213,7 @@ def test_a_model_in_metres_is_exported_as_one(tmp_path, hierarchy):
     assert_close(loaded(x[:3]), model(x[:3]))
 
 
+@pytest.mark.slow
 def test_double_precision_stays(tmp_path, hierarchy):
     model = make_model(hierarchy, neural3dmm, "attention").double()
     x = make_inputs(model, 3).double()
@@ -223,7 +221,9 @@ def test_double_precision_stays(tmp_path, hierarchy):
     assert torch.export.load(tmp_path / "model.pt2").module()(x).dtype == torch.double
 
 
-@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.half, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_half_precision_agrees_to_its_roundings(tmp_path, hierarchy, dtype, suffix):
     model = make_model(hierarchy, coma, "attention").to(dtype)
@@ -245,8 +245,15 @@ def test_half_precision_agrees_to_its_roundings(tmp_path, hierarchy, dtype, suff
     assert (out - exact).abs().max() < 100 * torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("method", ["encode", "decode"])
-@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
+@pytest.mark.parametrize(
+    ("method", "suffix"),
+    [
+        ("encode", "pt2"),
+        ("decode", "onnx"),
+        pytest.param("encode", "onnx", marks=pytest.mark.slow),
+        pytest.param("decode", "pt2", marks=pytest.mark.slow),
+    ],
+)
 def test_encoder_and_decoder_are_exported_alone(tmp_path, hierarchy, method, suffix):
     model = MorphableModel(make_model(hierarchy, neural3dmm, "attention"))
     model.set_statistics(torch.randn_like(model.mean), torch.rand_like(model.std) + 0.5)

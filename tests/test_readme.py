@@ -43,6 +43,7 @@ def scans(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_from_a_folder_of_scans_to_a_model_that_is_sent(scans, monkeypatch):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -44,7 +44,7 @@ ALLOWED = {("mapping", "_indices"), ("mapping", "_values")}
 
 def test_every_room_has_its_place():
     found = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert found - {"__pycache__", "csrc"} == set(ROOMS)
+    assert found - {"__pycache__", "csrc", "pretrained"} == set(ROOMS)
 
 
 def test_rooms_know_only_rooms_before_them():

@@ -106,6 +106,7 @@ def test_what_goes_wrong_is_one_line(model, server, tmp_path):
         assert line.startswith(expected)
 
 
+@pytest.mark.slow
 def test_without_a_connection_the_error_says_so(model, tmp_path):
     model.save(tmp_path / "model")
     load, push = errors([LOAD, PUSH], tmp_path, CLOSED)

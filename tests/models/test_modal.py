@@ -250,6 +250,7 @@ def test_saved_and_frozen_it_computes_the_same(hierarchy, tmp_path, pool, level)
     assert f"| parameters | {numbers:,} |" in card
 
 
+@pytest.mark.slow
 def test_exports(hierarchy, tmp_path):
     model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     x = meshes(hierarchy, 20)

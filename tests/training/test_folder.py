@@ -300,6 +300,7 @@ def test_settings_of_an_own_network_are_compared(tmp_path):
 # The lock #############################################################################
 
 
+@pytest.mark.slow
 def test_a_killed_training_releases_its_folder(tmp_path, hierarchy):
     script = f"""
 import time

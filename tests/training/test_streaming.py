@@ -139,6 +139,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 def test_training_on_mapped_meshes_lowers_the_error_and_resumes(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     dataset = mapped(tmp_path / "data", spheres(200))

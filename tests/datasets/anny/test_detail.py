@@ -134,6 +134,7 @@ def test_no_detail_is_the_plain_set(loaded_once, tmp_path):
     assert names == [f"{stem}.npz", f"{stem}_detail0-0-0-0.npz", f"{stem}_detail1-1-1-1.npz"]
 
 
+@pytest.mark.slow
 def test_fewer_subjects_are_the_first_of_more(loaded_once, tmp_path):
     pytest.importorskip("anny")
     few, more = (

@@ -129,6 +129,7 @@ def test_subjects_differ_as_people_do(faces):
     assert apart.min() > 2 and apart.max() < 20
 
 
+@pytest.mark.slow
 def test_neither_shape_nor_motion_depends_on_frames(faces, peaks):
     # One frame is the peak, as is the second of three.
     torch.testing.assert_close(peaks.vertices, faces.vertices[1::FRAMES], atol=1e-6, rtol=0)
