@@ -54,6 +54,7 @@ def test_degenerate_triangle_is_its_edges():
     np.testing.assert_allclose(square, 1)
 
 
+@pytest.mark.slow
 def test_fan_takes_little_memory():
     # Every face of a fan is near every point.
     n = 4000

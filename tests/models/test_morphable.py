@@ -186,7 +186,8 @@ def test_names_of_features_that_do_not_fit(hierarchy, tmp_path):
     assert model.fit(train).features == ("color",)
 
 
-@pytest.mark.parametrize("suffix", ["pt2", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("suffix", ["pt2", "onnx"])
 def test_export_freezes_a_copy(hierarchy, tmp_path, suffix):
     if suffix == "onnx":
         pytest.importorskip("onnxscript")

@@ -324,7 +324,9 @@ def test_device_and_type_are_those_of_the_matrix(device):
     assert AttentionPool.from_mapping(Mapping.from_matrix(held)).key.dtype == torch.float32
 
 
-@pytest.mark.parametrize("make", [spiralnet_style, neural3dmm_style])
+@pytest.mark.parametrize(
+    "make", [pytest.param(spiralnet_style, marks=pytest.mark.slow), neural3dmm_style]
+)
 def test_swapped_model_compiles_without_graph_breaks(make, compiled):
     model, x = make()
     for _ in range(2):  # swapped, and frozen

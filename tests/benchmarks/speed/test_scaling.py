@@ -93,6 +93,7 @@ def test_scaling(tmp_path, one_thread):
     assert "| autoencoder | 1,026 |" in (tmp_path / "scaling.md").read_text()
 
 
+@pytest.mark.slow
 def test_scaling_stops_at_its_budget(tmp_path, one_thread):
     scaling.main((500,), ("layers",), steps=4, device="cpu", threads=1, budget=0.0, output=tmp_path)
     assert "stopped at 0 s" in (tmp_path / "scaling.md").read_text()
