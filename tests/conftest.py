@@ -16,7 +16,7 @@ if torch.cuda.is_available():
 # transforms, gradient checks. Others reach the same lines of the package.
 UNMEASURED = re.compile(
     r"tests\.(test_export|nn\.test_(swap|tooling)|models\.test_compiled"
-    r"|ops\.test_(attention|backends|sparse)|training\.test_fit)"
+    r"|ops\.test_backends|training\.test_fit)"
 )
 
 
