@@ -15,8 +15,8 @@ from pyg_attnpool.nn.attention_pool import AttentionPool
 from pyg_attnpool.nn.cheb_conv import StaticChebConv
 from pyg_attnpool.ops.backend import decompositions
 
-# Of an export, relative to the largest output: rounding in another order, which half precision
-# does more coarsely.
+# Of an export, relative to the largest output: rounding in another order, of which half precision,
+# and a search whose end is hardly decided, make more.
 TOLERANCE, ROUNDINGS = 1e-5, 10
 
 
@@ -65,8 +65,9 @@ def export_torch(model: Model, example: Tensor, path: str | Path) -> float:
 
     Raises:
         ValueError: If the model holds attention layers, or the example is no such input.
-        RuntimeError: If the program differs from the model by more than 1e-5, or ten roundings of
-            its type where that is half precision.
+        RuntimeError: If the program differs from the model by more than 1e-5, ten roundings of its
+            type where that is half precision, or ten times what the model itself loses to its
+            double where that is more.
         OSError: If the file could not be written whole.
 
     Example:
@@ -119,6 +120,8 @@ def export_onnx(model: Model, example: Tensor, path: str | Path) -> float:
         import onnxruntime
         import onnxscript  # noqa: F401  (torch.onnx needs it)
         from onnx_ir.passes.common import DeduplicateInitializersPass
+
+        from pyg_attnpool.onnx_solvers import SOLVERS
     except ImportError as e:
         raise ImportError(
             f"'export_onnx' requires '{e.name}': install it with "
@@ -131,6 +134,7 @@ def export_onnx(model: Model, example: Tensor, path: str | Path) -> float:
             input_names=["x"],
             output_names=["out"],
             dynamic_shapes=({0: "batch"},),
+            custom_translation_table=SOLVERS,
             verbose=False,
         )
         assert onnx_program is not None  # as it is asked for no file
@@ -272,12 +276,12 @@ def _compare(
             noise = torch.randn(batch_size, *example.shape[1:])
         x = example.double().mean(dim=0).to(example.dtype) + scale * noise.to(example)
         expected, out = model(x), run(x)
-        difference = float("inf")
-        if out.shape == expected.shape and out.dtype == expected.dtype:
-            out, reached = out.double(), expected.double()
-            size = reached.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
-            difference = ((out - reached).abs().max() / size).item()
+        difference = _difference(out, expected) if out.dtype == expected.dtype else float("inf")
         tolerance = max(TOLERANCE, ROUNDINGS * torch.finfo(expected.dtype).eps)
+        if not difference <= tolerance:
+            # A code that is searched for may be hardly decided by its mesh.
+            exact = copy.deepcopy(model).double()(x.double())
+            tolerance = max(tolerance, ROUNDINGS * _difference(expected, exact))
         if not difference <= tolerance:
             raise RuntimeError(
                 f"Expected an export that computes what the model computes, within {tolerance:g} "
@@ -286,6 +290,13 @@ def _compare(
             )
         largest = max(largest, difference)
     return largest
+
+
+def _difference(out: Tensor, expected: Tensor) -> float:
+    if out.shape != expected.shape:
+        return float("inf")
+    size = expected.abs().max().clamp(min=torch.finfo(expected.dtype).tiny)
+    return ((out.double() - expected.double()).abs().max() / size).item()
 
 
 @contextmanager

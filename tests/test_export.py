@@ -325,3 +325,50 @@ def test_without_onnx_the_extra_is_named(tmp_path, package, monkeypatch):
     line = rf'{package}.*pip install "pyg_attnpool\[export\]"'
     with pytest.raises(ImportError, match=line):
         export_onnx(torch.nn.Linear(3, 3), torch.randn(2, 9, 3), tmp_path / "model.onnx")
+
+
+def test_a_model_that_searches_for_its_codes_is_exported(tmp_path, hierarchy):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    vertices, _ = blob(2, seed=0, hole=True)
+    generator = np.random.default_rng(0)
+    code = generator.normal(size=(40, 2))
+    shapes = generator.normal(size=(3, *vertices.shape))
+    # Two numbers decide each mesh, the second one by its square as well.
+    weights = np.column_stack([code, code[:, 1] ** 2])
+    meshes = torch.tensor(0.1 * vertices + 0.01 * np.tensordot(weights, shapes, 1)).float()
+    model = MorphableModel.modal(hierarchy, latent_channels=2, modes=4)
+    model.fit(meshes, epochs=1, accelerator="cpu", enable_progress_bar=False, logger=False)
+    torch.nn.init.normal_(model.autoencoder.from_code[-1].weight, std=0.1)  # bent
+    model.export(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(
+        tmp_path / "model.onnx", providers=["CPUExecutionProvider"]
+    )
+    with torch.no_grad():
+        expected = model(meshes[:7])
+        straight = model.autoencoder.linear
+        standardized = (meshes[:7] - model.mean) / model.std
+        linear = straight(standardized) * model.std + model.mean
+    assert (expected - linear).abs().max() > 1e-3 * expected.abs().max()  # no principal components
+    (out,) = session.run(None, {"x": meshes[:7].numpy()})
+    np.testing.assert_allclose(out, expected, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("size", [1, 5, 17])
+def test_equations_are_solved_in_onnx(tmp_path, size):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    class Equations(torch.nn.Module):
+        def forward(self, x):
+            matrix = x.transpose(1, 2) @ x
+            return torch.linalg.solve(matrix, x.sum(dim=1).unsqueeze(-1)).squeeze(-1)
+
+    x = torch.randn(3, 2 * size + 3, size, dtype=torch.double)
+    export(Equations(), x, tmp_path / "equations.onnx")
+    session = onnxruntime.InferenceSession(
+        tmp_path / "equations.onnx", providers=["CPUExecutionProvider"]
+    )
+    (found,) = session.run(None, {"x": x.numpy()})
+    gram = np.einsum("bni,bnj->bij", x, x)
+    np.testing.assert_allclose(np.einsum("bij,bj->bi", gram, found), x.sum(dim=1), atol=1e-9)

@@ -24,6 +24,7 @@ ROOMS = [
     "training",
     "latent",
     "fitting",
+    "onnx_solvers",
     "export",
     "integrations",
     "visualize",

@@ -263,7 +263,7 @@ class ModalAutoencoder(Module):
     def _coefficients(self, x: Tensor) -> Tensor:
         # Those of the closest sum of components.
         products = torch.einsum("bnc,knc->bk", x - self.linear.mean, self._basis())
-        return products @ torch.cholesky_inverse(self.root)
+        return torch.linalg.solve(self.root @ self.root.t(), products.t()).t()
 
     def _balance(self) -> Tensor:
         # Between a scale of its own for every mode, by which each counts as much as the first, and
