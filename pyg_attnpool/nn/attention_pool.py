@@ -349,7 +349,9 @@ class AttentionPool(PoolingLayer):
             self.log_beta.copy_(torch.where(gap > 0, (3 / gap).log(), torch.zeros_like(gap)))
 
     def _derive(self) -> None:
-        # The search remembers keys of one type.
+        # The search remembers keys of one type. Complex ones are refused where they are used.
+        if self.key.is_complex():
+            return
         dtype = at_least_single(self.key.dtype)
         if self.search is not None and self.k is not None and self.search.last_key.dtype != dtype:
             self.search = Search(self.num_target, self.num_source, self.channels, self.k, dtype)

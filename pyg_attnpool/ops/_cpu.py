@@ -234,6 +234,8 @@ def call(name: str, *args: Tensor | list[Tensor] | int | float | None) -> None:
     array = 0
     for arg, (_, dtype, optional) in zip(args[num_sizes:], kinds, strict=True):
         if dtype is None:  # a number
+            if not isinstance(arg, (int, float)):
+                raise TypeError(f"Expected a number in '{name}' (got {type(arg).__name__})")
             converted.append(arg)
             continue
         numel = expected[array]

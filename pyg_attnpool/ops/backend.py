@@ -70,7 +70,12 @@ def at_least_single(dtype: torch.dtype) -> torch.dtype:
 
     >>> at_least_single(torch.bfloat16), at_least_single(torch.float64)
     (torch.float32, torch.float64)
+
+    Raises:
+        TypeError: If the type is complex, whose imaginary part would be lost.
     """
+    if dtype.is_complex:
+        raise TypeError(f"Expected real numbers (got {dtype})")
     return dtype if dtype in (torch.float32, torch.float64) else torch.float32
 
 

@@ -1,5 +1,6 @@
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -439,3 +440,17 @@ def test_remembering_the_search_changes_nothing():
     assert layers[0].search.share < 1
     for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
+@pytest.mark.parametrize("with_prior", [False, True])
+def test_complex_parameters_are_refused(with_prior):
+    prior = Mapping(torch.tensor([[0], [2]]), torch.ones(2, 1), 4) if with_prior else None
+    layer = AttentionPool(4, 2, k=2, prior=prior)
+    x = torch.randn(4, 3)
+    before = layer(x)
+    with pytest.raises(TypeError, match=r"Expected real numbers \(got torch.complex64\)"):
+        layer.to(torch.complex64).mapping()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of imaginary parts, which are zero
+        assert torch.equal(layer.to(torch.float32)(x), before)
