@@ -27,11 +27,10 @@ def solve(matrix: Real, right: Real, left: bool = True) -> Real:
     for _ in range(2):
         both = op.Concat(matrix, right - op.MatMul(matrix, found), axis=-1)
         for i in range(op.Squeeze(size)):
-            column = op.Gather(both, op.Reshape(i, [1]), axis=-1)
-            row = op.Gather(both, op.Reshape(i, [1]), axis=-2)
-            row = row / op.Gather(column, op.Reshape(i, [1]), axis=-2)
-            unit = op.Gather(identity, op.Reshape(i, [1]), axis=-1)
-            both = both - (column - unit) * row
+            at = op.Reshape(i, [1])
+            column = op.Gather(both, at, axis=-1)
+            row = op.Gather(both, at, axis=-2) / op.Gather(column, at, axis=-2)
+            both = both - (column - op.Gather(identity, at, axis=-1)) * row
         found = found + op.Slice(both, size, op.Shape(both, start=-1), [-1])
     return found
 
