@@ -37,7 +37,7 @@ from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.training import epochs_for, quiet_lightning
 
 DATA = {"faces": AnnyFaces, "bodies": AnnyBodies, "hands": AnnyHands}
-POOLS = {"attention": "learned aggregation", "qem": "QEM", "pca": "PCA"}
+MODELS = {"modal": "modal", "attention": "CoMA, learned", "qem": "CoMA, QEM", "pca": "PCA"}
 BATCH_SIZE = 16
 NOISE = 0.0005  # metres, of a scan
 SHARES = (5, 10, 25, 50)  # percent of the vertices
@@ -65,7 +65,7 @@ class Options:
     latent: int = 8
     """Latent channels, and components of PCA."""
     steps: int = 400
-    """Training steps of attention and QEM."""
+    """Training steps."""
     meshes: int = 20
     """Test meshes, evenly spread."""
     scans: int = 6
@@ -85,9 +85,9 @@ def main(options: Options):
     path = options.output / "fits.csv"
     keys = {
         key: dict(zip(KEYS, map(str, key), strict=True))
-        for data, seed, pool, case in product(options.data, options.seeds, POOLS, CASES)
+        for data, seed, name, case in product(options.data, options.seeds, MODELS, CASES)
         for key in [
-            (data, options.latent, options.steps, options.meshes, options.scans, pool, seed, case)
+            (data, options.latent, options.steps, options.meshes, options.scans, name, seed, case)
         ]
     }
     done = [{name: row[name] for name in KEYS} for row in read_rows(path, COLUMNS)]
@@ -101,14 +101,14 @@ def main(options: Options):
         hierarchy = MeshHierarchy.from_template(
             dataset.template, cache=options.root / "hierarchies"
         )
-        for seed, pool in product(options.seeds, POOLS):
+        for seed, name in product(options.seeds, MODELS):
             mine = [
-                k for k in left if (k["data"], k["seed"], k["model"]) == (data, str(seed), pool)
+                k for k in left if (k["data"], k["seed"], k["model"]) == (data, str(seed), name)
             ]
             if not mine:
                 continue
-            folder = options.output / f"{data}_{pool}_{options.latent}_{options.steps}_{seed}"
-            model = trained(folder, hierarchy, pool, train, val, seed, options)
+            folder = options.output / f"{data}_{name}_{options.latent}_{options.steps}_{seed}"
+            model = trained(folder, hierarchy, name, train, val, seed, options)
             noise = rms(model, val)
             for key in mine:
                 row = measured(model, key["case"], test, noise, seed, options)
@@ -123,7 +123,7 @@ def main(options: Options):
 def trained(
     folder: Path,
     hierarchy: MeshHierarchy,
-    pool: str,
+    name: str,
     train: Tensor,
     val: Tensor,
     seed: int,
@@ -131,11 +131,14 @@ def trained(
 ) -> MorphableModel:
     if folder.exists():
         return MorphableModel.load(folder)
-    if pool == "pca":
+    if name == "pca":
         model = MorphableModel.pca(hierarchy, options.latent).fit(train)
     else:
         torch.manual_seed(seed)
-        model = MorphableModel.coma(hierarchy, options.latent, pool)
+        if name == "modal":
+            model = MorphableModel.modal(hierarchy, options.latent)
+        else:
+            model = MorphableModel.coma(hierarchy, options.latent, name)
         epochs = epochs_for(options.steps, len(train), BATCH_SIZE)
         model.fit(train, val, epochs=epochs, batch_size=BATCH_SIZE, seed=seed, freeze=True)
     model.cpu().save(folder)
@@ -260,9 +263,9 @@ def written(rows: list[dict[str, str]], options: Options, several: bool) -> str:
         tables[f"{data}, mean error in mm, seeds {' '.join(seeds)}"] = table = []
         for case in CASES:
             line = {"observed": case}
-            for pool, name in POOLS.items():
+            for model, name in MODELS.items():
                 of_cell = [
-                    r for r in rows if (r["data"], r["case"], r["model"]) == (data, case, pool)
+                    r for r in rows if (r["data"], r["case"], r["model"]) == (data, case, model)
                 ]
                 if not of_cell:
                     line[name] = None

@@ -9,7 +9,7 @@ from pyg_attnpool import Mapping, MeshHierarchy, MorphableModel
 from pyg_attnpool.fitting.solver import Decoder
 from pyg_attnpool.mesh import write_mesh
 from pyg_attnpool.mesh.closest import closest_points
-from tests.mesh.meshes import blob
+from tests.mesh.meshes import blob, icosphere
 
 TEMPLATE = blob(3, seed=0)
 FACES = TEMPLATE[1]
@@ -220,6 +220,23 @@ def test_a_partial_scan_in_any_pose(linear, degrees):
     distance = closest_points(scan, fit.mesh.numpy(), FACES)[2]
     np.testing.assert_allclose(fit.residuals, 1000 * distance, atol=1e-3)
     assert np.median(distance) < 3e-4
+
+
+@pytest.mark.parametrize("degrees", [10, 100, 180])
+def test_the_shape_tells_which_of_equal_poses_is_right(degrees):
+    # The mean is the same when it is turned by half about one axis; no other mesh is, since what
+    # grows and shrinks is at one end.
+    unit, faces = icosphere(3)
+    at = [np.exp(-((unit - axis) ** 2).sum(axis=1) / 0.2)[:, None] for axis in np.eye(3)[[0, 2]]]
+    x = 0.1 * unit * [1.0, 0.7, 0.45] * (1 + 0.4 * at[1])
+    end, size = np.linspace(-0.35, 0.35, 15), np.tile([0.9, 1.0, 1.1], 5)
+    bodies = x * (1 + end[:, None, None] * at[0]) * size[:, None, None]
+    model = MorphableModel.pca((x, faces), 2).double().fit(torch.from_numpy(bodies).float())
+    truth = model(torch.from_numpy(bodies[-1:]))[0]
+    rotation, translation = motion(degrees, seed=degrees)
+    moved = truth @ rotation.t() + translation
+    fit = model.fit_to((moved.numpy(), faces))
+    assert fit.converged and mm(fit.mesh, moved).mean() < 0.5
 
 
 def test_point_clouds_and_landmarks(linear):

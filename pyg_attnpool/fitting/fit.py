@@ -60,8 +60,10 @@ def fit_to(
     Points of a scan meet the closest points of the model, and vertices of the model those of the
     scan, anew in every step. Pairs that lie far apart for the present state, face away from each
     other or end at an open boundary count little or nothing (Geman-McClure kernel). The first pose
-    is that of the landmarks, or else the best of 60 rotations, the group of the icosahedron. A fit
-    to a scan shows a bar on standard error once it takes two seconds.
+    is that of the landmarks, or else the best of 60 rotations, the group of the icosahedron; where
+    others are nearly as good, up to three are tried for some steps. A fit expects more noise at
+    first, and less from then on (graduated non-convexity). A fit to a scan shows a bar on standard
+    error once it takes two seconds.
 
     Args:
         model (MorphableModel): The model.

@@ -2,7 +2,7 @@ r"""Fits to scans: pairs of closest points, found anew in every step of the solv
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -10,8 +10,9 @@ from numpy import ndarray
 from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 from torch import Tensor
+from tqdm import tqdm
 
-from pyg_attnpool.datasets.cache import progress
+from pyg_attnpool.datasets.cache import progress_bar
 from pyg_attnpool.fitting.observations import Points, Scan, as_array, at_open_edges, unit_vectors
 from pyg_attnpool.fitting.solver import (
     FREEDOM,
@@ -40,6 +41,12 @@ if TYPE_CHECKING:
 SAMPLES = 2000  # points of a scan, and vertices of the model, that every step looks at
 POSE_STEPS = 60  # of the search for a first pose
 RIGID_STEPS = 10  # of a scan before the shape may change
+STARTS = 3  # poses at most that a fit starts from
+NEARLY = 1.25  # cost of a further start at most, relative to the best pose's
+APART = np.radians(20)  # between the rotations of two starts
+FIRST_NOISE = 3  # that a fit expects, relative to the median distance of the mean shape
+LESS_NOISE = 0.3  # than before, once steps are small
+TRIAL_STEPS = 10  # of the shape, after which the best start is chosen
 FACING = 0.3  # cosine between normals below which points are no pair
 TANGENTIAL = 0.1  # weight of a distance along the surface, relative to one across it
 
@@ -57,52 +64,97 @@ def fit_scan(
     matching = _Matching(scan, as_array(model.faces), model.num_vertices)
     w = model.mean.new_zeros(1, decoder.size, dtype=torch.double)
     mean = decoder(w)[..., 0]
-    state = State(w, no_motion(1, w))
     marks = joined(known, 1, noise) if known else None
-    if marks is not None and motion != "none":
+    if motion == "none":
+        poses = [no_motion(1, w)]
+    elif marks is not None:
         at = marks.mapping @ mean
-        pose = procrustes(at, marks.position, marks.weight, motion == "similarity")
-        state = State(w, pose)
-    elif motion != "none":
-        state = State(w, matching.first_pose(as_array(mean[0]), motion == "similarity"))
+        poses = [procrustes(at, marks.position, marks.weight, motion == "similarity")]
+    else:
+        poses = matching.first_poses(as_array(mean[0]), motion == "similarity")
+    states = [State(w, pose) for pose in poses]
     if marks is not None:
-        state, _ = levenberg_marquardt(decoder, marks, state, FREEDOM[motion], max_iterations)
-
+        fitted = levenberg_marquardt(decoder, marks, states[0], FREEDOM[motion], max_iterations)
+        states = [fitted[0]]
     # The pose of the mean shape first: else the shape makes up for the pose.
     rigid = RIGID_STEPS if marks is None and motion != "none" else 0
-    reach, converged = np.inf, False
-    for i in progress(range(rigid + max_iterations), "Fitting (steps at most)", leave=False):
-        moved, jacobian, centre = linearised(decoder(state.w), state, FREEDOM[motion])
-        pairs = matching.pairs(as_array(moved[0]))
-        # Some two standard deviations, told by the median. The reach never grows again.
-        reach = max(3 * noise, min(reach, 3 * pairs.median))
-        hessian, gradient = pairs.equations(moved, jacobian, reach, max(reach / 3, noise))
-        if marks is not None:
-            further = least_squares(marks, moved, jacobian)
-            hessian, gradient = hessian + further[0], gradient + further[1]
-        hessian, gradient = with_prior(hessian, gradient, state)
-        held = decoder.size if i < rigid else 0
-        damping = hessian.new_full((1,), 1e-3)
-        step = damped_step(hessian[:, held:, held:], gradient[:, held:], damping)
-        step = torch.nn.functional.pad(step, (held, 0))
-        state = state.moved(step, centre)
-        shift = (jacobian @ step.unsqueeze(2)).square().sum(dim=2).mean().sqrt().item()
-        converged = i >= rigid and shift < 0.05 * noise
-        if converged:
-            break
-    mesh, code = decoded(decoder, state)
+    descents = [_Descent(decoder, matching, marks, motion, noise, s, rigid) for s in states]
+    trial = min(TRIAL_STEPS, max_iterations) if len(descents) > 1 else 0
+    most = len(descents) * (rigid + trial) + max_iterations - trial
+    with progress_bar("Fitting (steps at most)", most, leave=False) as bar:
+        for descent in descents:
+            descent.run(rigid + trial, bar)
+        best = min(descents, key=lambda descent: descent.cost())
+        best.run(max_iterations - trial, bar)
+    mesh, code = decoded(decoder, best.state)
     distance = closest_points(scan.points, as_array(mesh[0, :, :3].double()), matching.faces)[2]
     explained = float(np.mean(distance < 5 * noise)) > 0.5
-    rotation, translation, scale = state.motion.to(mesh)
     return Fit(
         mesh[0],
         code[0],
-        rotation[0],
-        translation[0],
-        scale[0],
+        *[x[0] for x in best.state.motion.to(mesh)],
         torch.from_numpy(1000 * distance).to(mesh),
-        torch.tensor(converged and explained, device=mesh.device),
+        torch.tensor(best.converged and explained, device=mesh.device),
     )
+
+
+class _Descent:
+    # Steps of a fit from one pose. The noise that it expects begins with what the mean shape leaves
+    # of the scan and shrinks whenever steps are small: far from the scan, pairs are wrong, and the
+    # shape would follow each of them.
+    def __init__(
+        self,
+        decoder: Decoder,
+        matching: _Matching,
+        marks: Points | None,
+        motion: MotionKind,
+        noise: float,
+        state: State,
+        rigid: int,
+    ):
+        self.decoder, self.matching, self.marks = decoder, matching, marks
+        self.freedom, self.noise, self.state = FREEDOM[motion], noise, state
+        self.rigid = rigid  # steps before the shape may change
+        self.expected = self.reach = np.inf
+        self.converged = False
+
+    def run(self, steps: int, bar: tqdm[NoReturn]) -> None:
+        for _ in range(steps):
+            if self.converged:
+                return
+            self._step()
+            bar.update()
+
+    def _step(self) -> None:
+        state = self.state
+        moved, jacobian, centre = linearised(self.decoder(state.w), state, self.freedom)
+        pairs = self.matching.pairs(as_array(moved[0]))
+        if self.rigid or self.expected == np.inf:
+            self.expected = max(self.noise, FIRST_NOISE * pairs.median)
+        # Some two standard deviations, told by the median. The reach never grows again.
+        self.reach = max(3 * self.expected, min(self.reach, 3 * pairs.median))
+        hessian, gradient = pairs.equations(moved, jacobian, self.reach)
+        if self.marks is not None:
+            further = least_squares(self.marks, moved, jacobian)
+            hessian, gradient = hessian + further[0], gradient + further[1]
+        hessian, gradient = with_prior(hessian, gradient, state)
+        held = self.decoder.size if self.rigid else 0
+        damping = hessian.new_full((1,), 1e-3)
+        step = damped_step(hessian[:, held:, held:], gradient[:, held:], damping)
+        step = torch.nn.functional.pad(step, (held, 0))
+        self.state = state.moved(step, centre)
+        if self.rigid:
+            self.rigid -= 1
+            return
+        shift = (jacobian @ step.unsqueeze(2)).square().sum(dim=2).mean().sqrt().item()
+        self.converged = self.expected == self.noise and shift < 0.05 * self.noise
+        if shift < 0.1 * self.expected:
+            self.expected = max(self.noise, LESS_NOISE * self.expected)
+
+    def cost(self) -> float:
+        # What a fit leaves of the scan, on average: what its noise cannot explain is all the same.
+        moved = linearised(self.decoder(self.state.w), self.state, 0)[0]
+        return self.matching.left(as_array(moved[0]), 5 * self.expected)
 
 
 class _Pairs(NamedTuple):
@@ -114,9 +166,7 @@ class _Pairs(NamedTuple):
     distance: ndarray  # [Q]
     median: float  # of the distances from the scan to the model
 
-    def equations(
-        self, moved: Tensor, jacobian: Tensor, reach: float, noise: float
-    ) -> tuple[Tensor, Tensor]:
+    def equations(self, moved: Tensor, jacobian: Tensor, reach: float) -> tuple[Tensor, Tensor]:
         near = self.distance < 3 * reach
         if not near.any():
             return _nothing(jacobian)
@@ -127,7 +177,7 @@ class _Pairs(NamedTuple):
         )
         # The kernel of Geman and McClure. A distance along the surface counts little, so that the
         # surfaces may slide.
-        kernel = (1 + (distance / reach) ** 2) ** -2 / noise**2
+        kernel = (1 + (distance / reach) ** 2) ** -2 / (reach / 3) ** 2
         mapping = Mapping(index, weight, moved.size(1))
         along = Points(mapping, target.unsqueeze(0), TANGENTIAL * kernel.unsqueeze(0), True)
         hessian, gradient, _ = least_squares(along, moved, jacobian)
@@ -198,9 +248,21 @@ class _Matching:
         )
         return _Pairs(index, weight, target, normal, distance, median)
 
-    def first_pose(self, vertices: ndarray, scale: bool) -> Motion:
-        # By iterated closest points from many rotations, of some 300 points. It is the scan that
-        # moves, so that one search tree serves all starts: p = R (points - middle) + t.
+    def left(self, vertices: ndarray, most: float) -> float:
+        # The mean distance from the scan to a mesh. It is the largest where a point's counterpart
+        # faces away.
+        face, weight, distance = closest_points(self.points, vertices, self.faces)
+        distance = np.minimum(distance, most)
+        if self.normals is not None:
+            own = vertex_normals(vertices, self.faces)[self.faces[face]]
+            normal = unit_vectors((weight[:, :, None] * own).sum(axis=1))
+            distance = np.where((normal * self.normals).sum(axis=1) > FACING, distance, most)
+        return float(distance.mean())
+
+    def first_poses(self, vertices: ndarray, scale: bool) -> list[Motion]:
+        # By iterated closest points from many rotations, of some 300 points. The best pose, and
+        # others that are nearly as good: which is right, only the shape will tell. It is the scan
+        # that moves, so that one search tree serves all rotations: p = R (points - middle) + t.
         own, tree = vertex_normals(vertices, self.faces), cKDTree(vertices)
         some = slice(None, None, max(1, len(self.points) // 300))
         points = self.points[some]
@@ -237,10 +299,18 @@ class _Matching:
             last = turn, shift
             turn = Rotation.from_rotvec(step[:, :3]).as_matrix() @ turn
             shift = shift + step[:, 3:]
-        best = cost.argmin()
-        back = last[0][best].T / factor
-        found = last[0][best].T, middle - back @ last[1][best], np.array(1 / factor)
-        return Motion(*(torch.from_numpy(x).unsqueeze(0) for x in found))
+        turn, shift = last
+        order = [i for i in cost.argsort() if cost[i] <= NEARLY * cost.min()]
+        starts: list[int] = []
+        for i in order:
+            between = Rotation.from_matrix(turn[starts] @ turn[i].T).magnitude()
+            if len(starts) < STARTS and np.all(between > APART):
+                starts.append(i)
+        back = turn[starts].swapaxes(1, 2) / factor
+        shift = middle - (back @ shift[starts, :, None])[..., 0]
+        found = turn[starts].swapaxes(1, 2), shift, np.full(len(starts), 1 / factor)
+        poses = Motion(*map(torch.from_numpy, found))
+        return [Motion(*[x[i : i + 1] for x in poses]) for i in range(len(starts))]
 
 
 def _at_boundary(boundary: ndarray, weight: ndarray) -> ndarray:

@@ -46,7 +46,7 @@ def untimed(options):
 
 def test_pca_finds_what_it_explains_and_a_run_goes_on(options, monkeypatch, capsys):
     cases = ("reconstruction", "5 % of vertices", "10 % of vertices", "one half", "20 landmarks")
-    monkeypatch.setattr(fits, "POOLS", {"pca": "PCA"})
+    monkeypatch.setattr(fits, "MODELS", {"pca": "PCA"})
     monkeypatch.setattr(fits, "CASES", cases)
     fits.main(options)
     rows = untimed(options)
@@ -76,8 +76,8 @@ def test_pca_finds_what_it_explains_and_a_run_goes_on(options, monkeypatch, caps
 def test_all_models(options):
     fits.main(options)
     rows = untimed(options)
-    assert {row["model"] for row in rows} == set(fits.POOLS)
-    assert len(rows) == len(fits.POOLS) * len(fits.CASES)
+    assert {row["model"] for row in rows} == set(fits.MODELS)
+    assert len(rows) == len(fits.MODELS) * len(fits.CASES)
     # PCA explains these meshes. A scan has noise of half a millimetre and one side alone.
     (scan,) = (row for row in rows if row["model"] == "pca" and row["case"] == "partial scan")
     assert float(scan["mean"]) < 2 and scan["fits"] == "1"
