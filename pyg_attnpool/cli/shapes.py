@@ -157,9 +157,9 @@ def fit(
             record = _record(source, target, fitted)
             if not (record["converged"] or anyway):
                 raise ValueError(
-                    f"Expected a scan that the model explains (got {source}, of which half lies "
-                    f"{record['median']:.1f} mm away or more): try landmarks, a larger --noise, or "
-                    f"--anyway to see what became of it"
+                    f"Expected a scan that the model explains (got {source}, whose fit has not "
+                    f"converged, with a median of {record['median']:.1f} mm): try landmarks, a "
+                    f"larger --noise, or --anyway to see what became of it"
                 )
             found.write_mesh(target, fitted.mesh)
         except (OSError, TypeError, ValueError) as e:

@@ -56,7 +56,8 @@ class Fit(NamedTuple):
     r"""The distance in millimetres of every observed point to where the mesh has it, NaN where the
     weight is zero; of a scan, to the surface of the mesh."""
     converged: Tensor
-    r"""Whether the last step was small and, of a scan, most of it is explained."""
+    r"""Whether the last step was small and, of a scan, most of it is explained by a code within ten
+    standard deviations of those of the training meshes."""
 
 
 class Motion(NamedTuple):
