@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,11 +82,16 @@ def test_neural3dmm_with_the_other_poolings(tmp_path):
     assert all(0 < float(row["median"]) < 100 for row in rows)
 
 
-@pytest.mark.parametrize("positions", [True, False])
-def test_a_model_of_others_is_swapped_trained_and_frozen(monkeypatch, capsys, positions):
-    spec = importlib.util.spec_from_file_location("swap_qem", EXAMPLES / "swap_qem.py")
+def load(script):
+    spec = importlib.util.spec_from_file_location(script, EXAMPLES / f"{script}.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
+    return example
+
+
+@pytest.mark.parametrize("positions", [True, False])
+def test_a_model_of_others_is_swapped_trained_and_frozen(monkeypatch, capsys, positions):
+    example = load("swap_qem")
     vertices, faces = blob(3, seed=0)
     stretch = np.random.default_rng(0).uniform(0.09, 0.11, size=(60, 1, 3))
     meshes = torch.from_numpy((stretch * vertices).astype(np.float32))
@@ -100,6 +106,50 @@ def test_a_model_of_others_is_swapped_trained_and_frozen(monkeypatch, capsys, po
     assert errors.keys() == {"before", "after"} and all(0 < mm < 20 for mm in errors.values())
     (shipped,) = re.findall(r"frozen, ([\d.]+) mm", out)
     assert float(shipped) == pytest.approx(errors["after"], abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.* components end before")  # eyeballs
+def test_a_walk_through_the_latent_space(tmp_path):
+    example = load("latent")
+    options = example.Options(root=tmp_path, frames=6, steps=1, output=tmp_path, device="cpu")
+    example.main(options)
+    with open(tmp_path / "results.csv", newline="", encoding="utf-8") as file:
+        rows = {row["model"]: row for row in csv.DictReader(file)}
+    assert list(rows) == ["qem", "attention"]
+    for name in ("interpolation", "extrapolation", "transfer"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    # The straight line and the transfer of offsets know nothing of a model.
+    for name in ("straight line", "transfer of offsets"):
+        assert rows["qem"][name] == rows["attention"][name] and 0 < float(rows["qem"][name]) < 10
+    test = example.AnnyFaces(tmp_path / "AnnyFaces", frames=6)
+    test = test[test.split("sequence")[2]]
+    for pool, row in rows.items():
+        model = MorphableModel.load(tmp_path / f"model_{pool}")
+        assert float(row["reconstruction"]) == pytest.approx(model.evaluate(test)["mean"])
+
+
+def test_what_the_latent_example_counts():
+    example = load("latent")
+    # Two triangles that cross, and a third beside them.
+    x = [[0, 0, 0], [2, 0, 0], [0, 2, 0], [0.5, 0.5, -1], [0.5, 0.5, 1], [3, 3, 1.0]]
+    x += [[9, 0, 0], [10, 0, 0], [9, 1, 0.0]]
+    mesh, faces = torch.tensor([x]), torch.arange(9).view(3, 3)
+    assert example.crossing(mesh[0], faces) == 1
+    apart = mesh.clone()
+    apart[0, 3:6, 2] += 2
+    assert example.crossing(apart[0], faces) == 0
+    turned = mesh.clone()
+    turned[0, 6:] = turned[0, [6, 8, 7]]
+    assert example.flipped(turned, mesh, faces) == pytest.approx(1 / 3)
+    assert example.flipped(mesh, mesh, faces) == 0
+
+    # Frames on a line, and a model whose code is the mesh.
+    time = torch.arange(9.0).view(1, 9, 1, 1)
+    model = SimpleNamespace(interpolate=lambda a, b, n: torch.stack([a] * n, dim=1))
+    found, line = example.interpolation(model, time.expand(2, 9, 5, 3))
+    assert line == pytest.approx(0, abs=1e-3)
+    assert found == pytest.approx(1000 * 3**0.5 * 2)  # one, two and three frames off, in mm
 
 
 def test_errors_end_the_run_before_any_work(tmp_path):
