@@ -12,12 +12,15 @@ import torch
 import tyro
 from playwright.sync_api import Page, sync_playwright
 
-from benchmarks.speed import measure
+from benchmarks import report
 from benchmarks.speed.templates import blob
 from pyg_attnpool import MeshHierarchy
-from pyg_attnpool.models import MorphableModel
+from pyg_attnpool.models import PCA, ModalAutoencoder, MorphableModel
 
+RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Any] = {
+    "modal": MorphableModel.modal,
+    "modal, latent size 32": lambda hierarchy: MorphableModel.modal(hierarchy, 32),
     "CoMA, attention": MorphableModel.coma,
     "CoMA, attention, wider": lambda hierarchy: MorphableModel.coma(hierarchy, wider=True),
     "Neural3DMM, attention": MorphableModel.neural3dmm,
@@ -45,7 +48,7 @@ def main(
     num_vertices: tuple[int, ...] = (5023, 12000),
     repeat: int = 200,
     seed: int = 0,
-    output: Path = measure.RESULTS,
+    output: Path = RESULTS,
 ):
     r"""Writes pages, opens them and prints their times.
 
@@ -73,7 +76,7 @@ def main(
                 rows.append({"model": name, "vertices": size})
                 rows[-1] |= measured(page, model, Path(folder) / "page.html", repeat)
                 print(rows[-1])
-        about = measure.machine("cpu") | {"browser": f"Chromium {chromium.version}", "seed": seed}
+        about = report.machine("cpu") | {"browser": f"Chromium {chromium.version}", "seed": seed}
     table = [
         {
             "model": row["model"],
@@ -87,17 +90,22 @@ def main(
         }
         for row in rows
     ]
-    print(
-        measure.report(output, "viewer", measure.command(), rows, {"One page": table}, about, NOTES)
-    )
+    print(report.write(output, "viewer", report.command(), rows, {"One page": table}, about, NOTES))
 
 
+@torch.no_grad()
 def random_model(model: MorphableModel, hierarchy: MeshHierarchy) -> MorphableModel:
     vertices = torch.from_numpy(hierarchy.vertices[0]).float()
-    if hasattr(model.autoencoder, "components"):
-        model.autoencoder.mean.copy_(vertices)
-        model.autoencoder.components.normal_(std=1e-3)
+    network = model.autoencoder
+    if isinstance(network, PCA):
+        network.mean.copy_(vertices)
+        network.components.normal_(std=1e-3)
         return model
+    if isinstance(network, ModalAutoencoder):
+        for linear in (network.linear, network.modes):
+            linear.components.normal_()
+        for parameter in network.from_code.parameters():
+            parameter.normal_(std=0.05)
     model.set_statistics(vertices, torch.full_like(vertices, 0.003))
     return model
 
