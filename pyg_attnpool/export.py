@@ -1,5 +1,6 @@
 import copy
 import io
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -255,11 +256,20 @@ def _gather(
 
 
 def _gather_spirals(index: Tensor, *inputs: Any) -> Tensor:
-    # A row of zeros stands for no vertex.
     *_, x, weight, bias, _ = inputs
+    length, channels, out_channels = weight.shape
+    # A row of zeros stands for no vertex.
     vertex = torch.where(index < 0, x.size(0), index)
-    steps = torch.cat([x, x.new_zeros(1, *x.shape[1:])])[vertex]
-    out = steps.transpose(1, 2).flatten(2) @ weight.flatten(0, 1)
+    if out_channels < channels:  # the narrower features are gathered
+        steps = (torch.cat([y, y.new_zeros(1, *y.shape[1:])]) for y in (x @ w for w in weight))
+        gathered = [y.index_select(0, vertex[:, i]) for i, y in enumerate(steps)]
+        out = sum(gathered[1:], gathered[0])
+    else:
+        # Mesh by mesh, all steps of a spiral lie next to each other as they are gathered.
+        rows = x.transpose(0, 1)
+        rows = torch.cat([rows, rows.new_zeros(rows.size(0), 1, channels)], dim=1)
+        rows = rows.index_select(1, vertex.flatten()).view(rows.size(0), -1, length * channels)
+        out = (rows @ weight.flatten(0, 1)).transpose(0, 1)
     return out if bias is None else out + bias
 
 
@@ -310,4 +320,11 @@ def _quiet() -> Iterator[None]:
             "Additional .* warnings suppressed about get_attr",
         ):
             warnings.filterwarnings("ignore", message=message)
-        yield
+        # The exporter tells of every library that is absent.
+        logger = logging.getLogger("torch.onnx")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

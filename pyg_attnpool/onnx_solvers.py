@@ -4,13 +4,13 @@ r"""Equations in ONNX, which knows no solver."""
 # The functions are read as ONNX and never run by Python, whose types they do not follow.
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, Union
 
 import onnxscript
 import torch
 from onnxscript import opset18 as op
 
-Real = TypeVar("Real", onnxscript.FLOAT, onnxscript.DOUBLE)
+Real = TypeVar("Real", bound=Union[onnxscript.FLOAT, onnxscript.DOUBLE])  # noqa: UP007
 
 
 @onnxscript.script()

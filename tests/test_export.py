@@ -1,6 +1,9 @@
 import copy
+import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -352,6 +355,24 @@ def test_a_model_that_searches_for_its_codes_is_exported(tmp_path, hierarchy):
     assert (expected - linear).abs().max() > 1e-3 * expected.abs().max()  # no principal components
     (out,) = session.run(None, {"x": meshes[:7].numpy()})
     np.testing.assert_allclose(out, expected, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.slow
+def test_an_export_prints_nothing(tmp_path):
+    pytest.importorskip("onnxscript")
+    code = """
+        import torch
+        from pyg_attnpool import MorphableModel
+        from pyg_attnpool.export import export
+        from tests.mesh.meshes import blob
+
+        model = MorphableModel.neural3dmm(blob(4, seed=0), pool="qem")
+        export(model, 0.01 * torch.randn(2, model.num_vertices, 3), "model.onnx")
+    """
+    command = [sys.executable, "-W", "error::UserWarning", "-c", textwrap.dedent(code)]
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("size", [1, 5, 17])
