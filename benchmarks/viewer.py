@@ -13,9 +13,9 @@ import tyro
 from playwright.sync_api import Page, sync_playwright
 
 from benchmarks import report
-from benchmarks.speed.templates import blob
+from benchmarks.speed.templates import blob, random_model
 from pyg_attnpool import MeshHierarchy
-from pyg_attnpool.models import PCA, ModalAutoencoder, MorphableModel
+from pyg_attnpool.models import MorphableModel
 
 RESULTS = Path(__file__).parent / "results"
 MODELS: dict[str, Any] = {
@@ -91,23 +91,6 @@ def main(
         for row in rows
     ]
     print(report.write(output, "viewer", report.command(), rows, {"One page": table}, about, NOTES))
-
-
-@torch.no_grad()
-def random_model(model: MorphableModel, hierarchy: MeshHierarchy) -> MorphableModel:
-    vertices = torch.from_numpy(hierarchy.vertices[0]).float()
-    network = model.autoencoder
-    if isinstance(network, PCA):
-        network.mean.copy_(vertices)
-        network.components.normal_(std=1e-3)
-        return model
-    if isinstance(network, ModalAutoencoder):
-        for linear in (network.linear, network.modes):
-            linear.components.normal_()
-        for parameter in network.from_code.parameters():
-            parameter.normal_(std=0.05)
-    model.set_statistics(vertices, torch.full_like(vertices, 0.003))
-    return model
 
 
 def measured(page: Page, model: MorphableModel, path: Path, repeat: int) -> dict[str, float]:

@@ -1,7 +1,7 @@
-r"""Interpolation, extrapolation and deformation transfer in the latent space, with quadric (QEM)
-pooling and with learned aggregation: the three figures of section 4.7 of "Learning Feature
-Aggregation for Deep 3D Morphable Models" (CVPR 2021), on faces or bodies made here, and numbers
-beside them, of sequences that training has not seen:
+r"""Interpolation, extrapolation and deformation transfer in the latent space, by CoMA with quadric
+(QEM) pooling and with learned aggregation: the three figures of section 4.7 of "Learning Feature
+Aggregation for Deep 3D Morphable Models" (CVPR 2021), and the same by the modal network, on faces
+or bodies made here. Numbers beside them are of sequences that training has not seen:
 
 * interpolation: the error of the meshes between two frames, against the true frames between them
 * smoothness: the second differences of a path from a neutral mesh to the peak of its expression
@@ -39,7 +39,7 @@ from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.training import epochs_for, quiet_lightning
 from pyg_attnpool.visualize import plot_mesh
 
-NAMES = {"qem": "QEM", "attention": "learned"}
+NAMES = {"qem": "QEM", "attention": "learned", "modal": "modal"}
 ALPHAS = [-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0]
 GAP = 4  # frames from one end of an interpolation to the other
 
@@ -122,7 +122,10 @@ def trained(
     if folder.exists():
         return MorphableModel.load(folder)
     torch.manual_seed(options.seed)
-    model = MorphableModel.coma(hierarchy, options.latent, pool)
+    if pool == "modal":
+        model = MorphableModel.modal(hierarchy, options.latent)
+    else:
+        model = MorphableModel.coma(hierarchy, options.latent, pool)
     model.fit(
         train,
         val,

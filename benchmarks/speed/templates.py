@@ -1,7 +1,11 @@
-r"""Templates of any size, made from nothing."""
+r"""Templates of any size, made from nothing, and models of them with random weights."""
 
 import numpy as np
+import torch
 from scipy.spatial import ConvexHull
+
+from pyg_attnpool import MeshHierarchy, MorphableModel
+from pyg_attnpool.models import PCA, ModalAutoencoder
 
 
 def blob(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
@@ -19,3 +23,21 @@ def blob(num_vertices: int) -> tuple[np.ndarray, np.ndarray]:
     x, y, z = vertices.T
     radius = 1 + 0.2 * np.sin(3 * x) * np.cos(4 * y) + 0.05 * np.sin(9 * z)
     return 0.1 * radius[:, None] * vertices * [1.0, 1.3, 0.8], faces
+
+
+@torch.no_grad()
+def random_model(model: MorphableModel, hierarchy: MeshHierarchy) -> MorphableModel:
+    r"""The model with units and, where it begins without, with weights."""
+    vertices = torch.from_numpy(hierarchy.vertices[0]).float()
+    network = model.autoencoder
+    if isinstance(network, PCA):
+        network.mean.copy_(vertices)
+        network.components.normal_(std=1e-3)
+        return model
+    if isinstance(network, ModalAutoencoder):
+        for linear in (network.linear, network.modes):
+            linear.components.normal_()
+        for parameter in network.from_code.parameters():
+            parameter.normal_(std=0.05)
+    model.set_statistics(vertices, torch.full_like(vertices, 0.003))
+    return model
