@@ -261,4 +261,4 @@ def picture(path: Path, rows: dict[str, Tensor], columns: list[str], faces: ndar
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, description="Walks through the latent space, QEM and learned."))
+    main(tyro.cli(Options, description="Walks through latent spaces: QEM, learned, modal."))
