@@ -369,11 +369,39 @@ def test_an_edit_of_a_linear_model_in_closed_form(linear):
         (lambda m, x: m.edit(x, [x[0]]), TypeError, "'targets' .*list"),
         (lambda m, x: m.edit(x[None], {0: x[0]}), ValueError, "one mesh or code .*batch of 1"),
         (lambda m, x: m.edit(x, {0: x[0]}, torch.ones(5)), ValueError, r"'keep' of shape \[642\]"),
+        (
+            lambda model, x: model.fit_to(Data(pos=torch.full((9, 3), 0.1)), motion="similarity"),
+            ValueError,
+            "at different places .*size of 0",
+        ),
+        (
+            lambda model, x: model.fit_to((x, np.array([[0, 0, 1], [2, 1, 2]]))),
+            ValueError,
+            "faces of a scan with an area",
+        ),
+        (
+            lambda model, x: model.fit_to(
+                (x, FACES), landmarks=([1, 2, 3], x[[1, 1, 1]]), motion="similarity"
+            ),
+            ValueError,
+            "different places for a motion",
+        ),
+        (
+            lambda model, x: model.fit_to(None, landmarks=([4, 4, 4], x[:3]), motion="rigid"),
+            ValueError,
+            "different places for a motion",
+        ),
     ],
 )
 def test_bad_observations(linear, call, error, match):
     with pytest.raises(error, match=match):
         call(linear, meshes(1)[0])
+
+
+def test_a_model_of_one_mesh_alone_has_nothing_to_fit():
+    model = MorphableModel.pca(TEMPLATE, 2).fit(meshes(1).float().expand(4, -1, -1))
+    with pytest.raises(ValueError, match="codes of training meshes that vary"):
+        model.fit_to(meshes(1).float()[0])
 
 
 def test_a_scan_of_something_else_has_not_converged(linear):

@@ -139,6 +139,9 @@ def observed_scan(model: MorphableModel, scan: Any, any_size: bool) -> Scan:
     points = points.astype(np.float64)
     if not np.isfinite(points).all():
         raise ValueError("Expected finite points of a scan (got NaN or infinity)")
+    size = np.ptp(points, axis=0).max()
+    if not 1e-12 < size < 1e12:
+        raise ValueError(f"Expected points of a scan at different places (got a size of {size:g})")
     boundary = np.zeros(len(points), dtype=bool)
     if faces is not None:
         if faces.ndim != 2 or faces.shape[1] != 3 or faces.dtype.kind not in "iu" or not len(faces):
@@ -151,6 +154,9 @@ def observed_scan(model: MorphableModel, scan: Any, any_size: bool) -> Scan:
                 f"{faces.max()})"
             )
         faces = faces.astype(np.int64)
+        a, b, c = points[faces].swapaxes(0, 1)
+        if not np.linalg.norm(np.cross(b - a, c - a), axis=1).sum() > 1e-12 * size**2:
+            raise ValueError("Expected faces of a scan with an area (got none)")
         boundary = at_open_edges(faces, len(points))
     if normals is not None:
         normals = as_array(normals).astype(np.float64)
@@ -160,7 +166,7 @@ def observed_scan(model: MorphableModel, scan: Any, any_size: bool) -> Scan:
     elif faces is not None:
         normals = vertex_normals(points, faces)
     if not any_size:
-        size, own = (np.ptp(x, axis=0).max() for x in (points, as_array(model.template)))
+        own = np.ptp(as_array(model.template), axis=0).max()
         if not own / 50 < size < 50 * own:
             raise ValueError(
                 f"Expected a scan in metres of about the size of the model, {own:.3g} (got "

@@ -46,6 +46,7 @@ NEARLY = 1.25  # cost of a further start at most, relative to the best pose's
 APART = np.radians(20)  # between the rotations of two starts
 FIRST_NOISE = 3  # that a fit expects, relative to the median distance of the mean shape
 LESS_NOISE = 0.3  # than before, once steps are small
+MOST_STEPS = 5  # until a fit expects less noise
 TRIAL_STEPS = 10  # of the shape, after which the best start is chosen
 FAR = 10  # standard deviations of a code from the mean that explains nothing any more
 FACING = 0.3  # cosine between normals below which points are no pair
@@ -85,7 +86,9 @@ def fit_scan(
     with progress_bar("Fitting (steps at most)", most, leave=False) as bar:
         for descent in descents:
             descent.run(rigid + trial, bar)
-        best = min(descents, key=lambda descent: descent.cost())
+        # What none of them can explain is all the same, so that their costs compare.
+        most = 5 * min(descent.expected for descent in descents)
+        best = min(descents, key=lambda descent: descent.cost(most))
         best.run(max_iterations - trial, bar)
     mesh, code = decoded(decoder, best.state)
     distance = closest_points(scan.points, as_array(mesh[0, :, :3].double()), matching.faces)[2]
@@ -99,8 +102,8 @@ def fit_scan(
 
 class _Descent:
     # Steps of a fit from one pose. The noise that it expects begins with what the mean shape leaves
-    # of the scan and shrinks whenever steps are small: far from the scan, pairs are wrong, and the
-    # shape would follow each of them.
+    # of the scan and shrinks whenever steps are small, or after some of them, as pairs may change
+    # for ever: far from the scan, pairs are wrong, and the shape would follow each of them.
     def __init__(
         self,
         decoder: Decoder,
@@ -115,6 +118,7 @@ class _Descent:
         self.freedom, self.noise, self.state = FREEDOM[motion], noise, state
         self.rigid = rigid  # steps before the shape may change
         self.expected = self.reach = np.inf
+        self.since = 0  # steps since it shrank
         self.converged = False
 
     def run(self, steps: int, bar: tqdm[NoReturn]) -> None:
@@ -129,7 +133,8 @@ class _Descent:
         moved, jacobian, centre = linearised(self.decoder(state.w), state, self.freedom)
         pairs = self.matching.pairs(as_array(moved[0]))
         if self.rigid or self.expected == np.inf:
-            self.expected = max(self.noise, FIRST_NOISE * pairs.median)
+            median = pairs.median if np.isfinite(pairs.median) else 0.0  # without any pair
+            self.expected = max(self.noise, FIRST_NOISE * median)
         # Some two standard deviations, told by the median. The reach never grows again.
         self.reach = max(3 * self.expected, min(self.reach, 3 * pairs.median))
         hessian, gradient = pairs.equations(moved, jacobian, self.reach)
@@ -147,13 +152,14 @@ class _Descent:
             return
         shift = (jacobian @ step.unsqueeze(2)).square().sum(dim=2).mean().sqrt().item()
         self.converged = self.expected == self.noise and shift < 0.05 * self.noise
-        if shift < 0.1 * self.expected:
-            self.expected = max(self.noise, LESS_NOISE * self.expected)
+        self.since += 1
+        if shift < 0.1 * self.expected or self.since == MOST_STEPS:
+            self.expected, self.since = max(self.noise, LESS_NOISE * self.expected), 0
 
-    def cost(self) -> float:
-        # What a fit leaves of the scan, on average: what its noise cannot explain is all the same.
+    def cost(self, most: float) -> float:
+        # What a fit leaves of the scan, on average.
         moved = linearised(self.decoder(self.state.w), self.state, 0)[0]
-        return self.matching.left(as_array(moved[0]), 5 * self.expected)
+        return self.matching.left(as_array(moved[0]), most)
 
 
 class _Pairs(NamedTuple):

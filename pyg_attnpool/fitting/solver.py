@@ -103,6 +103,10 @@ def procrustes(x: Tensor, y: Tensor, weight: Tensor, scale: bool) -> Motion:
     w = (weight / weight.sum(dim=1, keepdim=True)).unsqueeze(2)
     x_centre, y_centre = (w * x).sum(dim=1, keepdim=True), (w * y).sum(dim=1, keepdim=True)
     x, y = x - x_centre, y - y_centre
+    for part, centre in ((x, x_centre), (y, y_centre)):
+        spread = (w * part * part).sum(dim=(1, 2))
+        if not (spread > 1e-20 * centre.square().sum(dim=(1, 2))).all():
+            raise ValueError("Expected points at different places for a motion (got all at one)")
     turn = rotations(w * x, y)
     factor = x.new_ones(len(x))
     if scale:
@@ -131,6 +135,8 @@ class Decoder:
         self.axes = axes[:, axes.square().sum(dim=0) > 0].double()
         self.origin = (model.latent_mean if origin is None else origin).double()
         self.size = self.axes.size(1)
+        if self.size == 0:
+            raise ValueError("Expected latent codes of training meshes that vary (got none)")
         # The cube root of the precision balances rounding and curvature.
         self.step = torch.finfo(model.mean.dtype).eps ** (1 / 3)
 
