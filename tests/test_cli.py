@@ -87,6 +87,7 @@ def test_meshes_that_are_only_moved_are_noticed(scans, tmp_path, capsys):
         write_mesh(tmp_path / "moved" / f"{i}.ply", vertices + 3 * move, faces)
     command = ["train", str(tmp_path / "moved"), "-o", str(tmp_path / "run"), "--model", "pca"]
     assert main(command) == 0 and "--align" in capsys.readouterr().out
+    command.append("--overwrite")
     assert main([*command, "--align"]) == 0 and "--align" not in capsys.readouterr().out
 
 
@@ -110,6 +111,37 @@ def stretched(factors):
 def write(path, mesh):
     write_mesh(path, mesh.numpy(), blob(4, seed=0)[1])
     return str(path)
+
+
+def test_a_run_is_replaced_only_if_asked_to(scans, tmp_path, capsys):
+    command = ["train", str(scans), "-o", str(tmp_path / "run"), "--unit", "mm", "--model", "pca"]
+    assert main([*command, "--latent", "2"]) == 0
+    model = MorphableModel.load(tmp_path / "run")  # the folder around it
+    assert model.latent_channels == 2
+    capsys.readouterr()
+    assert main([*command, "--latent", "3"]) == 1
+    error = capsys.readouterr().err
+    assert "--resume" in error and "--overwrite" in error
+    assert MorphableModel.load(tmp_path / "run" / "model").latent_channels == 2
+    assert main([*command, "--latent", "3", "--overwrite"]) == 0
+    assert MorphableModel.load(tmp_path / "run").latent_channels == 3
+
+
+def test_a_training_that_was_cut_off_says_so(tmp_path, capsys):
+    (tmp_path / "last.ckpt").touch()
+    assert main(["info", str(tmp_path)]) == 1
+    assert "cut off" in capsys.readouterr().err
+
+
+def test_meshes_of_another_size_are_noticed(linear, scans, tmp_path, capsys):
+    for path in sorted(scans.glob("*.ply"))[:3]:
+        vertices, faces = read_mesh(path)
+        write_mesh(tmp_path / path.name, vertices / 10, faces)  # centimetres
+    assert main(["evaluate", str(linear), str(tmp_path), "--samples", "4"]) == 0
+    found = capsys.readouterr().err
+    assert re.search(r"are 0\.1\d* times as large as the model: is their unit mm\?", found)
+    assert main(["evaluate", str(linear), str(scans), "--samples", "4"]) == 0
+    assert "as large" not in capsys.readouterr().err
 
 
 def test_evaluate_says_what_the_models_own_meshes_are_like(linear, scans, capsys):

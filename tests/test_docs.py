@@ -3,11 +3,8 @@ r"""The pages of the site: their Python runs, page by page, and their links lead
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-
-from tests.mesh.meshes import icosphere
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -30,8 +27,7 @@ def test_the_python_of_a_page_runs(page, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    # A page shows meshes that a reader has; here they are spheres.
-    names = {"sphere": icosphere, "np": np, "__name__": "page"}
+    names = {"__name__": "page"}
     for block in re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL):
         exec(block, names)
 

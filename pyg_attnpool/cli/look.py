@@ -36,7 +36,7 @@ def view(
         data: Folder of registered meshes which the page offers, with the error of each: a few, as
             each adds to the page. By default it offers samples of the model.
         title: Its heading; by default the name of the folder.
-        open: Open the page in the browser.
+        open: Whether the page is opened in the browser.
     """
     found = read_model(model)
     folder = model.resolve()
@@ -65,7 +65,7 @@ def report(
         output: The page; by default report.html in the folder.
         data: Test meshes, in the unit of the model's files; by default the test part of those that
             the models were trained on.
-        open: Open the page in the browser.
+        open: Whether the page is opened in the browser.
     """
     from pyg_attnpool.visualize import find_models, write_report
 

@@ -19,6 +19,7 @@ from pyg_attnpool.cli.shared import (
     read_model,
 )
 
+RUN = ("model", "best.ckpt", "last.ckpt")  # what a run leaves in its folder
 SHOWN = ("mean", "std", "median")
 MEANINGS = {
     "generalisation": "mm from an unseen mesh to the closest that the model has",
@@ -45,6 +46,7 @@ def train(
     seed: int = 0,
     device: str = "auto",
     resume: bool = False,
+    overwrite: bool = False,
 ) -> None:
     """Trains a morphable model of registered meshes, tests it on meshes that it has not seen and
     saves it.
@@ -64,6 +66,7 @@ def train(
         seed: Seed of the start and of the order of the meshes.
         device: cpu, cuda, or whichever is there.
         resume: Go on where an earlier run into the same folder was cut off.
+        overwrite: Replace an earlier run in the same folder.
     """
     import torch
 
@@ -72,6 +75,11 @@ def train(
 
     if steps < 1 or batch_size < 1:
         raise ValueError(f"Expected positive steps and batch size (got {steps} and {batch_size})")
+    if not (resume or overwrite) and any((output / name).exists() for name in RUN):
+        raise FileExistsError(
+            f"Expected a folder without a run (got {output}): go on with it by --resume, replace "
+            f"it by --overwrite, or take another folder"
+        )
     meshes = read_meshes(data, template, unit, align)
     split = meshes.split()
     print(

@@ -258,7 +258,7 @@ def repair(
             vertex before that each vertex is.
         merge: Distance up to which the ends of edges at a seam are one vertex, in the unit of the
             files.
-        stitch: Stitch seams at all.
+        stitch: Whether seams are stitched.
     """
     from pyg_attnpool.datasets import repair_files
 

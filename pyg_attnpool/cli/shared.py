@@ -27,8 +27,7 @@ ALIGNED = "aligned"  # in the summary of a model: its meshes were turned and mov
 def read_model(folder: Path) -> MorphableModel:
     from pyg_attnpool import MorphableModel
 
-    inner = folder / "model"
-    return MorphableModel.load(inner if (inner / "config.json").exists() else folder)
+    return MorphableModel.load(folder)
 
 
 def read_meshes(
@@ -43,7 +42,17 @@ def read_meshes_of(model: MorphableModel, data: Path) -> RegisteredMeshes:
     r"""Meshes of the model's template, in its unit and in the pose that it knows."""
     features = model.features if data.is_dir() else ()  # an array has them in its order
     align = model.summary.get(ALIGNED, False)
-    return read_meshes(data, _template(model), model.unit, align, features)
+    meshes = read_meshes(data, _template(model), model.unit, align, features)
+    size, own = (
+        float((x.amax(dim=-2) - x.amin(dim=-2)).amax(dim=-1).median())
+        for x in (meshes.vertices[..., :3], model.template)
+    )
+    if not own / 5 < size < 5 * own:
+        note(
+            f"The meshes of {data} are {size / own:.3g} times as large as the model: is their unit "
+            f"{model.unit}?"
+        )
+    return meshes
 
 
 def read_training_meshes(runs: Collection[Path]) -> MeshDataset:

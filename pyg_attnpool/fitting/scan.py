@@ -87,8 +87,8 @@ def fit_scan(
         for descent in descents:
             descent.run(rigid + trial, bar)
         # What none of them can explain is all the same, so that their costs compare.
-        most = 5 * min(descent.expected for descent in descents)
-        best = min(descents, key=lambda descent: descent.cost(most))
+        bound = 5 * min(descent.expected for descent in descents)
+        best = min(descents, key=lambda descent: descent.cost(bound))
         best.run(max_iterations - trial, bar)
     mesh, code = decoded(decoder, best.state)
     distance = closest_points(scan.points, as_array(mesh[0, :, :3].double()), matching.faces)[2]

@@ -31,11 +31,11 @@ def from_pretrained(
 ) -> MorphableModel:
     r"""Reads a model from a folder, this package or the Hub; see
     :meth:`MorphableModel.from_pretrained`."""
+    own = sorted(path.name for path in OWN.iterdir() if path.is_dir()) if OWN.is_dir() else []
+    if source in own:  # wherever it is called: "./faces" is a folder
+        return load(OWN / source, autoencoder)
     if str(source) and Path(source).is_dir():
         return load(source, autoencoder)
-    own = sorted(path.name for path in OWN.iterdir() if path.is_dir()) if OWN.is_dir() else []
-    if source in own:
-        return load(OWN / source, autoencoder)
     name = _repository(source, own)
     hub = _hub()
     with _named(name):

@@ -637,7 +637,7 @@ class MorphableModel(IndexedModule):
         r"""Reads a model that :meth:`save` has written, onto the CPU.
 
         Args:
-            folder (str or Path): The folder.
+            folder (str or Path): The folder, or that of a run of the command line around it.
             autoencoder (torch.nn.Module, optional): A network of your own class, which the folder
                 holds the weights of but not the code. (default: :obj:`None`)
 
@@ -668,9 +668,10 @@ class MorphableModel(IndexedModule):
         its cache and serves without a connection.
 
         Args:
-            source (str or Path): A folder of :meth:`save`; :obj:`"faces"`, :obj:`"bodies"` or
-                :obj:`"hands"` of latent size 8, :obj:`"faces-32"`, :obj:`"bodies-32"` or
-                :obj:`"hands-32"`; or :obj:`"owner/name"` of a repository.
+            source (str or Path): :obj:`"faces"`, :obj:`"bodies"` or :obj:`"hands"` of latent size
+                8, :obj:`"faces-32"`, :obj:`"bodies-32"` or :obj:`"hands-32"`; a folder of
+                :meth:`save`, :obj:`"./faces"` where it has such a name; or :obj:`"owner/name"` of a
+                repository.
             revision (str, optional): A branch, tag or commit of the repository; by default its
                 newest. (default: :obj:`None`)
             token (str, optional): A token for private repositories; by default that of a login.

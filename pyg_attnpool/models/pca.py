@@ -90,7 +90,8 @@ class PCA(torch.nn.Module):
         if not fits or needed > most:
             raise ValueError(
                 f"Expected meshes of shape [M, N, C] with more meshes and features than the "
-                f"{needed} components (got {[count, *shape] if fits else list(block.shape)})"
+                f"{needed} components (got {[count, *shape] if fits else list(block.shape)}): "
+                f"few meshes need fewer latent channels"
             )
         mean, k = (total / count).to(self.mean), min(self.latent_channels, most)
         size = count * self.mean.numel() * self.mean.element_size()

@@ -108,6 +108,9 @@ def load(folder: str | Path, autoencoder: Module | None = None) -> MorphableMode
     r"""Reads a model; see :meth:`MorphableModel.load`."""
     from pyg_attnpool.models.morphable import MorphableModel
 
+    inner = Path(folder) / "model"  # where a run of the command line has it
+    if not (Path(folder) / CONFIG).exists() and (inner / CONFIG).exists():
+        folder = inner
     folder = whole_folder(folder)
     config = _read_config(folder)
     # What fits its checksums may still be what somebody else has written.
@@ -147,6 +150,11 @@ def _read_config(folder: Path) -> dict[str, Any]:
                 f"Expected a morphable model in {folder} (got a folder of MeshAutoencoder.save of "
                 f"version 0.1, which has no units: build its network, load its "
                 f"weights.safetensors, and wrap it as MorphableModel(network))"
+            )
+        if (folder / "last.ckpt").exists():
+            raise FileNotFoundError(
+                f"Expected a morphable model in {folder} (got a training that was cut off): go on "
+                f"with it by resume"
             )
         raise FileNotFoundError(f"Expected a morphable model in {folder} (got no {CONFIG})")
     try:

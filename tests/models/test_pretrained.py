@@ -56,3 +56,12 @@ def test_errors_are_about_those_that_the_card_tells(name, make, tmp_path):
     assert torch.equal(torch.from_numpy(data.template[1]), model.faces)
     error = model.evaluate(data)["mean"]
     assert error < 2 * model.summary["test error (mm)"]["mean"]
+
+
+def test_a_folder_does_not_hide_a_model_of_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hands").mkdir()
+    assert MorphableModel.from_pretrained("hands").latent_channels == 8
+    MorphableModel.from_pretrained("hands-32").save("hands/model")
+    assert MorphableModel.from_pretrained("./hands").latent_channels == 32
+    assert MorphableModel.from_pretrained("hands").latent_channels == 8
