@@ -88,7 +88,9 @@ def fit_scan(
             descent.run(rigid + trial, bar)
         # What none of them can explain is all the same, so that their costs compare.
         bound = 5 * min(descent.expected for descent in descents)
-        best = min(descents, key=lambda descent: descent.cost(bound))
+        best = descents[0]
+        if len(descents) > 1:
+            best = min(descents, key=lambda descent: descent.cost(bound))
         best.run(max_iterations - trial, bar)
     mesh, code = decoded(decoder, best.state)
     distance = closest_points(scan.points, as_array(mesh[0, :, :3].double()), matching.faces)[2]
@@ -158,8 +160,8 @@ class _Descent:
 
     def cost(self, most: float) -> float:
         # What a fit leaves of the scan, on average.
-        moved = linearised(self.decoder(self.state.w), self.state, 0)[0]
-        return self.matching.left(as_array(moved[0]), most)
+        mesh, _ = decoded(self.decoder, self.state)
+        return self.matching.left(as_array(mesh[0, :, :3].double()), most)
 
 
 class _Pairs(NamedTuple):
@@ -223,12 +225,8 @@ class _Matching:
     def pairs(self, vertices: ndarray) -> _Pairs:
         own, scan = vertex_normals(vertices, self.faces), self.scan
         # From the scan to the mesh.
-        face, weight, distance = closest_points(self.points, vertices, self.faces)
-        index = self.faces[face]
-        normal = unit_vectors((weight[:, :, None] * own[index]).sum(axis=1))
-        valid = ~_at_boundary(self.boundary[index], weight)
-        if self.normals is not None:
-            valid &= (normal * self.normals).sum(axis=1) > FACING
+        index, weight, distance, normal, valid = self._on_mesh(vertices, own)
+        valid &= ~_at_boundary(self.boundary[index], weight)
         there = index[valid], weight[valid], self.points[valid], normal[valid], distance[valid]
         # From the mesh to the scan.
         used, facing = vertices[self.used], own[self.used]
@@ -256,13 +254,22 @@ class _Matching:
     def left(self, vertices: ndarray, most: float) -> float:
         # The mean distance from the scan to a mesh. It is the largest where a point's counterpart
         # faces away.
+        own = vertex_normals(vertices, self.faces)
+        _, _, distance, _, facing = self._on_mesh(vertices, own)
+        return float(np.where(facing, np.minimum(distance, most), most).mean())
+
+    def _on_mesh(
+        self, vertices: ndarray, own: ndarray
+    ) -> tuple[ndarray, ndarray, ndarray, ndarray, ndarray]:
+        # The closest points of a mesh to the scan's: their corners, barycentric coordinates,
+        # distances and normals, and whether both face the same way.
         face, weight, distance = closest_points(self.points, vertices, self.faces)
-        distance = np.minimum(distance, most)
+        index = self.faces[face]
+        normal = unit_vectors((weight[:, :, None] * own[index]).sum(axis=1))
+        facing = np.ones(len(distance), dtype=bool)
         if self.normals is not None:
-            own = vertex_normals(vertices, self.faces)[self.faces[face]]
-            normal = unit_vectors((weight[:, :, None] * own).sum(axis=1))
-            distance = np.where((normal * self.normals).sum(axis=1) > FACING, distance, most)
-        return float(distance.mean())
+            facing = (normal * self.normals).sum(axis=1) > FACING
+        return index, weight, distance, normal, facing
 
     def first_poses(self, vertices: ndarray, scale: bool) -> list[Motion]:
         # By iterated closest points from many rotations, of some 300 points. The best pose, and
