@@ -194,7 +194,9 @@ class ModalAutoencoder(Module):
             gram.diagonal().add_((gram.diagonal() < 1e-6).double())
             self.root.copy_(torch.linalg.cholesky(gram))
             latent = self.latent_channels
-            self.scale[latent:] = self._deviation(self._coefficients, blocks)[latent:]
+            whole = self._basis()
+            of_all = self._deviation(lambda x: self._coefficients(x, whole), blocks)
+            self.scale[latent:] = of_all[latent:]
             self.scale[:latent] = self._deviation(self.linear.encode, blocks)
 
     @torch.no_grad()
@@ -260,9 +262,9 @@ class ModalAutoencoder(Module):
             x = unpool(x, rows=True)
         return x.transpose(0, 1)
 
-    def _coefficients(self, x: Tensor) -> Tensor:
+    def _coefficients(self, x: Tensor, basis: Tensor) -> Tensor:
         # Those of the closest sum of components.
-        products = torch.einsum("bnc,knc->bk", x - self.linear.mean, self._basis())
+        products = (x - self.linear.mean).flatten(1) @ basis.flatten(1).t()
         return torch.linalg.solve(self.root @ self.root.t(), products.t()).t()
 
     def _balance(self) -> Tensor:
@@ -275,8 +277,12 @@ class ModalAutoencoder(Module):
         expected = tuple(self.linear.mean.shape)
         if x.dim() != 3 or x.shape[1:] != expected:
             raise ValueError(f"Expected vertices of shape {['B', *expected]} (got {list(x.shape)})")
-        c = self._coefficients(x)
-        z = self._closest(self._guess(x, c), c)
+        c = self._coefficients(x, self._basis())
+        return self._code(self._guess(x, c), c)
+
+    def _code(self, z: Tensor, c: Tensor) -> Tensor:
+        # The one closest to coefficients, from a guess on.
+        z = self._closest(z, c)
         if torch.is_grad_enabled() and c.requires_grad:
             # Of value zero: how the closest code changes with the mesh.
             _, slopes = self._away(z, c.detach())
@@ -332,20 +338,52 @@ class ModalAutoencoder(Module):
         latent = self.latent_channels
         if z.dim() != 2 or z.size(1) != latent:
             raise ValueError(f"Expected latent codes of shape [B, {latent}] (got {list(z.shape)})")
-        bent = self.from_code(z) * self._balance()
-        x = self.linear.decode(self.scale[:latent] * z + bent[:, :latent])
-        return x + self._unpooled(self.modes.decode(bent[:, latent:]))
+        c = self._bent(z)
+        x = self.linear.decode(c[:, :latent])
+        return x + self._unpooled(self.modes.decode(c[:, latent:]))
+
+    def _bent(self, z: Tensor) -> Tensor:
+        # Codes to coefficients of all components.
+        latent, bent = self.latent_channels, self.from_code(z) * self._balance()
+        return torch.cat([self.scale[:latent] * z + bent[:, :latent], bent[:, latent:]], dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Reconstructs vertex features :obj:`[B, N, C]`."""
         return self.decode(self.encode(x))
 
+    def objective(
+        self, x: Tensor, loss: Callable[[Tensor, Tensor], Tensor], step: int | Tensor = 0
+    ) -> Tensor:
+        r"""What training minimises
+
+        .. math::
+            \ell(\hat{\mathbf{x}}(\mathbf{z}), \mathbf{x}) +
+            \ell(\hat{\mathbf{x}}(\mathbf{z}_0), \mathbf{x})
+
+        where :math:`\mathbf{z}_0` is the guess that the search for the code :math:`\mathbf{z}`
+        starts from.
+
+        Args:
+            x (torch.Tensor): Vertex features :obj:`[B, N, C]`.
+            loss (callable): Takes output and target to a scalar.
+            step (int or torch.Tensor, optional): Not looked at. (default: :obj:`0`)
+        """
+        # One basis is for both: on all vertices it is most of the work.
+        basis = self._basis()
+        c = self._coefficients(x, basis)
+        guess = self._guess(x, c)
+        codes = torch.cat([self._code(guess, c), guess])
+        out = self._bent(codes) @ basis.flatten(1) + self.linear.mean.flatten()
+        closest, guessed = out.view(2, *x.shape)
+        return loss(closest, x) + loss(guessed, x)
+
     def training_loss(self, out: Tensor, x: Tensor) -> Tensor:
         r"""The mean distance of a vertex to where it should be, and the L1 loss of further
-        features, of a reconstruction and of the one that the guessed code gives: what
-        :meth:`MorphableModel.fit` minimises where no other loss is given."""
-        guessed = self.decode(self._guess(x, self._coefficients(x)))
-        return _distance(out, x) + _distance(guessed, x)
+        features: what is minimised where :meth:`MorphableModel.fit` gets no other loss."""
+        distance = (out[..., :3] - x[..., :3]).norm(dim=-1).mean()
+        if x.size(-1) == 3:
+            return distance
+        return distance + torch.nn.functional.l1_loss(out[..., 3:], x[..., 3:])
 
     def __repr__(self) -> str:
         return (
@@ -353,13 +391,6 @@ class ModalAutoencoder(Module):
             f"latent_channels={self.latent_channels}, modes={self.config.modes}, "
             f"level={self.config.level})"
         )
-
-
-def _distance(out: Tensor, x: Tensor) -> Tensor:
-    distance = (out[..., :3] - x[..., :3]).norm(dim=-1).mean()
-    if x.size(-1) == 3:
-        return distance
-    return distance + torch.nn.functional.l1_loss(out[..., 3:], x[..., 3:])
 
 
 def _perceptron(in_channels: int, hidden_channels: int, out_channels: int) -> Sequential:

@@ -14,6 +14,7 @@ from torch.nn.parameter import Parameter
 from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.models.autoencoder import is_variational
+from pyg_attnpool.models.modal import ModalAutoencoder
 from pyg_attnpool.training.folder import check_settings, plain
 from pyg_attnpool.training.lightning import pl, torchmetrics
 from pyg_attnpool.training.muon import Muon
@@ -156,7 +157,7 @@ class MeshTraining(pl.LightningModule):
     def loss(self, x: Tensor) -> Tensor:
         r"""The loss of meshes :obj:`[B, N, C]` in metres."""
         target, network = self.model.standardize(x), self.model.autoencoder
-        if is_variational(network):
+        if isinstance(network, ModalAutoencoder) or is_variational(network):
             loss = network.objective(target, self.loss_function, self.steps)
         else:
             # A network of a user's own may have nothing but `encode` and `decode`.

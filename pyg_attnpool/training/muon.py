@@ -104,12 +104,20 @@ def orthogonalized(x: Tensor, steps: int = 5) -> Tensor:
     x = x / x.norm().clamp(min=1e-7)
     # The coefficients have the largest slope at zero for which values near one stay there.
     a, b, c = 3.4445, -4.7750, 2.0315
-    # Every step multiplies by a polynomial of the first Gram matrix. These are the small factors:
-    # of a layer of all vertices, the long side is read twice in all.
-    first = x @ x.t()
-    factor = torch.eye(len(x), dtype=x.dtype, device=x.device)
-    for _ in range(steps):
-        gram = factor @ first @ factor
-        factor = a * factor + (b * gram + c * gram @ gram) @ factor
-    x = (factor @ x).to(dtype)
+    if x.size(1) < 2 * x.size(0):
+        for _ in range(steps):
+            gram = x @ x.t()
+            x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    else:
+        # Every step multiplies by a polynomial of the first Gram matrix. These are the small
+        # factors: of a layer of all vertices, the long side is read twice in all.
+        first = gram = x @ x.t()
+        factor = torch.eye(len(x), dtype=x.dtype, device=x.device)
+        for step in range(steps):
+            if step > 0:
+                gram = factor @ first @ factor
+            change = torch.addmm(gram, gram, gram, beta=b, alpha=c)
+            factor = torch.addmm(factor, change, factor, beta=a)
+        x = factor @ x
+    x = x.to(dtype)
     return x.t() if tall else x
