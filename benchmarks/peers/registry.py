@@ -79,6 +79,7 @@ def train_peer(
     epochs: int,
     lr: float,
     seed: int,
+    **trainer: Any,
 ) -> MorphableModel:
     r"""A peer with the weights of its best epoch on validation meshes.
 
@@ -91,6 +92,7 @@ def train_peer(
         epochs (int): The number of epochs.
         lr (float): The highest rate of the one-cycle schedule.
         seed (int): Seed of weights and of the order of meshes.
+        **trainer (optional): Further arguments of :meth:`MorphableModel.fit`.
     """
     torch.manual_seed(seed)
     model = MorphableModel(peer.build(hierarchy, latent), hierarchy)
@@ -111,6 +113,7 @@ def train_peer(
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,
+        **trainer,
     )
 
 

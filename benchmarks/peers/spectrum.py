@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     errors, bands = [], []
     for name in options.data:
-        dataset = SETS[name](options.root)
+        dataset = SETS[name].build(options.root)
         train, _, test = (dataset.read(part) for part in dataset.split())
         found = pca_errors(train, test, COMPONENTS)
         errors.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in found) + " |")

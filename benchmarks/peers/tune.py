@@ -70,6 +70,7 @@ def best_rate(path: Path, data: str, latent: int, peer: str) -> float:
         ValueError: If it has not been looked for.
     """
     found: dict[float, list[float]] = {}
+    data = SETS[data].rates or data
     for row in read_rows(path, COLUMNS):
         if (row["data"], row["latent"], row["peer"]) == (data, str(latent), peer):
             found.setdefault(float(row["lr"]), []).append(float(row["val"]))

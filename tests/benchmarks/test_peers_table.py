@@ -1,11 +1,12 @@
 import math
 
+import matplotlib.image
 import pytest
 import torch
 from torch.testing import assert_close
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import data, tune
+from benchmarks.peers import costs, data, table, tune
 from benchmarks.peers.networks import MLP, TokenMixer
 from benchmarks.peers.rows import append_row, read_rows
 from benchmarks.peers.surface import edge_error, normal_angle, roughness
@@ -33,8 +34,8 @@ class Meshes:
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     meshes = Meshes()
-    for module in (peers, tune, data):
-        monkeypatch.setattr(module, "SETS", {"blobs": lambda root: meshes})
+    for module in (peers, tune, data, costs, table):
+        monkeypatch.setattr(module, "SETS", {"blobs": data.MeshSet(lambda root: meshes)})
     monkeypatch.setattr(tune, "GRID", (1e-3, 1e-2))
     rates = tmp_path / "rates.csv"
     for lr, val in ((1e-3, 7.0), (1e-2, 8.0)):
@@ -44,6 +45,7 @@ def run(tmp_path, monkeypatch, capsys):
     def call(*more):
         options = ["--data", "blobs", "--latent", "3", "--steps", "2", "--root", str(tmp_path)]
         options += ["--output", str(tmp_path), "--rates", str(rates)]
+        options += ["--costs", str(tmp_path / "costs.csv")]
         peers.main([*options, "--peers", "PCA", "MLP", *more])
         rows = read_rows(tmp_path / "peers.csv", peers.COLUMNS)
         return rows, (tmp_path / "peers.md").read_text(encoding="utf-8"), capsys.readouterr().out
@@ -73,7 +75,7 @@ def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
     assert [row["steps"] for row in rows] == ["0", "2"]
     assert [float(row["lr"]) for row in rows] == [0, 1e-3]  # the better one on validation meshes
     # The closed form: components of 24 meshes, of which 3 are kept.
-    x = Meshes.read(data.SETS["blobs"](None), torch.arange(40)).double().flatten(1)
+    x = Meshes.read(data.SETS["blobs"].build(None), torch.arange(40)).double().flatten(1)
     mean = x[:24].mean(dim=0)
     v = torch.linalg.svd(x[:24] - mean, full_matrices=False)[2][:3]
     away = x[32:] - mean
@@ -87,6 +89,36 @@ def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
     assert more[:2] == rows and len(more) == 3 and more[2]["seed"] == "1"
     assert out.count("blobs, 24, 3") == 1  # one run was trained
     assert "| MLP, 2 steps | 0 1 |" in table and "±" in table
+
+
+@pytest.mark.slow
+def test_costs_are_measured_once_and_make_equal_time(run, tmp_path, capsys):
+    options = ["--data", "blobs", "--latent", "3", "--root", str(tmp_path)]
+    options += ["--peers", "PCA", "MLP", "--output", str(tmp_path)]
+    costs.main(options)
+    assert capsys.readouterr().out.count("blobs, 3") == 2
+    costs.main(options)
+    assert capsys.readouterr().out == ""
+    found = costs.read_costs(tmp_path / "costs.csv")
+    assert found["blobs", "3", "PCA"]["step_ms"] == 0 < found["blobs", "3", "MLP"]["step_ms"]
+    # Single precision: a hidden layer of 512 there and back, and what every model has.
+    weights = 2 * 3 * Meshes().x.size(1) * 512 * 4 / 1e6
+    assert weights < found["blobs", "3", "MLP"]["disk_mb"] < 1.3 * weights
+
+    with pytest.raises(ValueError, match=r"costs of \['modal'\]"):
+        run("--as-long-as", "modal")
+    cost = found["blobs", "3", "MLP"]
+    cost |= {"start_s": 2.5, "step_ms": 6e3}
+    every = found | {("blobs", "3", "modal"): {"start_s": 0.5, "step_ms": 1e4}}
+    assert costs.as_long_as(every, "blobs", "3", "modal", "MLP", 4) == round((0.5 + 40 - 2.5) / 6)
+    assert costs.as_long_as(every, "blobs", "3", "modal", "modal", 4) == 4
+    assert costs.seconds_of(cost, 7) == 44.5
+
+    _, text, _ = run("--seeds", "0")
+    pixels = matplotlib.image.imread(tmp_path / "peers.png")
+    assert pixels.std() > 0.05
+    (line,) = [line for line in text.splitlines() if line.startswith("| MLP, 2 steps")]
+    assert line.endswith(f"| {cost['disk_mb']:.0f} |") and cost["disk_mb"] > 10
 
 
 def test_results_of_something_else_are_refused(run, tmp_path):
