@@ -139,9 +139,23 @@ def test_meshes_of_another_size_are_noticed(linear, scans, tmp_path, capsys):
         write_mesh(tmp_path / path.name, vertices / 10, faces)  # centimetres
     assert main(["evaluate", str(linear), str(tmp_path), "--samples", "4"]) == 0
     found = capsys.readouterr().err
-    assert re.search(r"are 0\.1\d* times as large as the model: is their unit mm\?", found)
+    assert re.search(r"is 0\.1\d* times as large as the model: is its unit mm\?", found)
+    small, walk = sorted(tmp_path.glob("*.ply"))[0], tmp_path / "walk"
+    command = ["interpolate", str(linear), str(small), str(small), "-o", str(walk)]
+    assert main([*command, "--steps", "2"]) == 0
+    assert f"What {small} holds is 0.1" in capsys.readouterr().err
     assert main(["evaluate", str(linear), str(scans), "--samples", "4"]) == 0
     assert "as large" not in capsys.readouterr().err
+
+
+def test_evaluate_takes_a_single_mesh(linear, scans, capsys):
+    assert main(["evaluate", str(linear), str(scans / "7.ply"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    meshes = RegisteredMeshes(scans, unit="mm")
+    expected = MorphableModel.load(linear).evaluate(meshes[[meshes.name.index("7.ply")]])
+    assert found["mean"] == pytest.approx(expected["mean"])
+    assert main(["evaluate", str(linear), str(scans / "none.ply")]) == 1
+    assert "none.ply" in capsys.readouterr().err
 
 
 def test_evaluate_says_what_the_models_own_meshes_are_like(linear, scans, capsys):

@@ -138,7 +138,8 @@ def evaluate(
     Example: pyg-attnpool evaluate faces/ unseen/ --train scans/
 
     Args:
-        data: Folder of mesh files, or an .npz or .npy file, in the unit of the model's files.
+        data: Folder of mesh files, a single one, or an .npz or .npy file, in the unit of the
+            model's files.
         train: Those that the model was trained on, which specificity and compactness are of; by
             default data.
         samples: Meshes that the model makes.

@@ -40,19 +40,24 @@ def read_meshes(
 
 def read_meshes_of(model: MorphableModel, data: Path) -> RegisteredMeshes:
     r"""Meshes of the model's template, in its unit and in the pose that it knows."""
-    features = model.features if data.is_dir() else ()  # an array has them in its order
+    array = data.suffix.lower() in (".npz", ".npy")
+    features = () if array else model.features  # an array has them in its order
     align = model.summary.get(ALIGNED, False)
     meshes = read_meshes(data, _template(model), model.unit, align, features)
+    _look_at_size(model, data, meshes.vertices)
+    return meshes
+
+
+def _look_at_size(model: MorphableModel, path: Path, meshes: Tensor) -> None:
     size, own = (
         float((x.amax(dim=-2) - x.amin(dim=-2)).amax(dim=-1).median())
-        for x in (meshes.vertices[..., :3], model.template)
+        for x in (meshes[..., :3], model.template)
     )
     if not own / 5 < size < 5 * own:
         note(
-            f"The meshes of {data} are {size / own:.3g} times as large as the model: is their unit "
+            f"What {path} holds is {size / own:.3g} times as large as the model: is its unit "
             f"{model.unit}?"
         )
-    return meshes
 
 
 def read_training_meshes(runs: Collection[Path]) -> MeshDataset:
@@ -92,6 +97,7 @@ def read_shape(model: MorphableModel, path: Path) -> Tensor:
     mesh = MeshFiles(
         path.parent, [path.name], _template(model), model.unit, same_surface=True
     ).read()
+    _look_at_size(model, path, mesh)
     if model.summary.get(ALIGNED, False):
         with torch.no_grad():
             mean = model.decode(model.latent_mean.unsqueeze(0))[0]

@@ -19,7 +19,7 @@ from pyg_attnpool.datasets.sources import (
     mesh_names,
     natural_order,
 )
-from pyg_attnpool.mesh.io import as_template
+from pyg_attnpool.mesh.io import SUFFIXES, as_template
 
 
 class RegisteredMeshes(MeshDataset):
@@ -36,9 +36,9 @@ class RegisteredMeshes(MeshDataset):
     :obj:`.npy` file of float32 in metres.
 
     Args:
-        root (str or Path): A folder of mesh files, or a :obj:`.npz` or :obj:`.npy` file with an
-            array of meshes :obj:`[M, N, C]`, of which the first three features are coordinates. A
-            :obj:`.npz` file names it :obj:`"vertices"` or has no other array.
+        root (str or Path): A folder of mesh files, a single one, or a :obj:`.npz` or :obj:`.npy`
+            file with an array of meshes :obj:`[M, N, C]`, of which the first three features are
+            coordinates. A :obj:`.npz` file names it :obj:`"vertices"` or has no other array.
         template (str, Path or tuple, optional): A mesh file, or vertices :obj:`[N, 3]` and faces
             :obj:`[F, 3]`, in the unit of the meshes. If :obj:`None`, the first mesh of a folder.
             (default: :obj:`None`)
@@ -96,16 +96,18 @@ class RegisteredMeshes(MeshDataset):
         path = Path(root).expanduser()
         if template is not None:
             template = as_template(template)
-        if path.is_dir():
-            names = mesh_names(path)
+        single = path.suffix.lower() in SUFFIXES and not path.is_dir()
+        if single or path.is_dir():
+            names = [path.name] if single else mesh_names(path)
             if self.sorts_naturally:
                 names.sort(key=natural_order)
+            folder = path.parent if single else path
             origin = _point([0.0, 0.0, 0.0] if origin is None else origin)
             source: MeshSource = MeshFiles(
-                path, names, template, unit, features, same_surface, origin
+                folder, names, template, unit, features, same_surface, origin
             )
         elif features or origin is not None:
-            raise ValueError(f"Expected 'features' or 'origin' of a folder of files (got {path})")
+            raise ValueError(f"Expected 'features' or 'origin' of mesh files (got {path})")
         else:
             source = MeshArray(path, template, unit)
         if cache is None:

@@ -338,7 +338,7 @@ def _difference(faces: ndarray, expected: ndarray, same_surface: bool) -> str:
 
 def _read_array(path: Path) -> Tensor:
     if path.suffix.lower() not in (".npz", ".npy"):
-        raise ValueError(f"Expected a folder, a .npz or a .npy file (got {path})")
+        raise ValueError(f"Expected a folder, a mesh, a .npz or a .npy file (got {path})")
     if not path.is_file():
         raise FileNotFoundError(f"Expected meshes at {path} (got no such file or folder)")
     if path.suffix.lower() == ".npy":

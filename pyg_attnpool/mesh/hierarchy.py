@@ -322,8 +322,8 @@ def _decimated(
             counts = _shrunk(counts, max(e.least, counts[-1] + 1))
     if counts != asked:
         warnings.warn(
-            f"The factors lead to levels of {asked[1:]} vertices, fewer than the components of the "
-            f"template need: the levels have {counts[1:]}",
+            f"The factors lead to levels of {asked[1:]} vertices, fewer than collapses of edges "
+            f"leave: the levels have {counts[1:]}",
             stacklevel=3,
         )
     return levels

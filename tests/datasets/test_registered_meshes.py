@@ -51,6 +51,20 @@ def test_folder_in_sorted_order(tmp_path):
     assert dataset[3].face.t().tolist() == FACES.tolist()
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_single_file(tmp_path, cached):
+    meshes = tetrahedra(2)
+    write_obj(tmp_path / "a.obj", meshes[0])
+    write_off(tmp_path / "b.off", meshes[1])
+    cache = tmp_path / "cache" if cached else None
+    dataset = RegisteredMeshes(tmp_path / "b.off", unit="cm", cache=cache)
+    assert dataset.name == ["b.off"]
+    np.testing.assert_allclose(dataset.vertices.numpy(), meshes[1:] / 100, atol=1e-6)
+    np.testing.assert_allclose(dataset.template[0], meshes[1] / 100, atol=1e-6)
+    with pytest.raises(FileNotFoundError, match=r"c\.off"):
+        RegisteredMeshes(tmp_path / "c.off")
+
+
 def test_coma_folders_give_labels(tmp_path):
     meshes = iter(tetrahedra(7))
     for name in ("s2/open/1", "s1/smile/000002", "s1/smile/000007", "s1/open/1", "s1/open/2"):
@@ -438,7 +452,7 @@ def test_coordinates_of_maps_are_refused_or_moved_in_double_precision(tmp_path, 
     np.save(tmp_path / "scans.npy", meshes + place)
     with pytest.raises(ValueError, match=r"mesh 0 in .*scans\.npy near the origin"):
         RegisteredMeshes(tmp_path / "scans.npy", (meshes[0], FACES))
-    with pytest.raises(ValueError, match="'features' or 'origin' of a folder"):
+    with pytest.raises(ValueError, match="'features' or 'origin' of mesh files"):
         RegisteredMeshes(tmp_path / "scans.npy", (meshes[0], FACES), origin=place)
 
 
