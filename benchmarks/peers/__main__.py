@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             lr = 0.0
             model: MorphableModel | None
             if peer.trained:
-                lr = best_rate(options.rates, data, latent, name)
+                lr = best_rate(options.rates, data, latent, peer.rate_of or name)
                 model = train_peer(peer, hierarchy, latent, train, val, epochs, lr, seed)
             else:
                 model = linear_peer(name, hierarchy, latent, train, val, subjects)

@@ -26,6 +26,8 @@ class Peer(NamedTuple):
 
     optimizer: str | None = None
     r"""As in :meth:`MorphableModel.fit`: by default the network's own, or Adam."""
+    rate_of: str | None = None
+    r"""The peer of which this is one without a part, and whose rate it takes."""
 
 
 def _pca(hierarchy: MeshHierarchy, latent: int) -> Module:
@@ -58,9 +60,13 @@ PEERS = {
     "modal": Peer(lambda h, n: modal(h, latent_channels=n)),
     "modal, QEM": Peer(lambda h, n: modal(h, "qem", n)),
     "modal, Adam": Peer(lambda h, n: modal(h, latent_channels=n), optimizer="one_cycle"),
-    "modal, guessed codes": Peer(lambda h, n: modal(h, latent_channels=n, refinements=0)),
-    "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0)),
-    "modal, no further modes": Peer(lambda h, n: modal(h, "qem", n, modes=0, level=0)),
+    "modal, guessed codes": Peer(
+        lambda h, n: modal(h, latent_channels=n, refinements=0), rate_of="modal"
+    ),
+    "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0), rate_of="modal"),
+    "modal, no further modes": Peer(
+        lambda h, n: modal(h, "qem", n, modes=0, level=0), rate_of="modal"
+    ),
 }
 
 

@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for name in options.peers
             for seed in options.seeds
             for lr in options.rates
-            if PEERS[name].trained
+            if PEERS[name].trained and PEERS[name].rate_of is None
         ]
         for latent, name, seed, lr in runs:
             key = tuple(map(str, (data, latent, name, steps, seed, lr)))
