@@ -5,12 +5,14 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import tyro
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Browser, Page, sync_playwright
 
 from benchmarks import report
 from benchmarks.speed.templates import blob, random_model
@@ -58,16 +60,9 @@ def main(
         seed: Of weights and codes.
         output: Folder of the results.
     """
-    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    browser = next(filter(None, map(shutil.which, names)), None)
-    if browser is None:
-        raise SystemExit(f"Expected one of the browsers {names} (got none)")
-    args = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    args += ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
     rows = []
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
-        chromium = playwright.chromium.launch(executable_path=browser, args=args)
-        page = chromium.new_page()
+    with chromium() as browser, tempfile.TemporaryDirectory() as folder:
+        page = browser.new_page()
         for size in num_vertices:
             hierarchy = MeshHierarchy.from_template(blob(size))
             for name, make in MODELS.items():
@@ -76,7 +71,7 @@ def main(
                 rows.append({"model": name, "vertices": size})
                 rows[-1] |= measured(page, model, Path(folder) / "page.html", repeat)
                 print(rows[-1])
-        about = report.machine("cpu") | {"browser": f"Chromium {chromium.version}", "seed": seed}
+        about = report.machine("cpu") | {"browser": f"Chromium {browser.version}", "seed": seed}
     table = [
         {
             "model": row["model"],
@@ -91,6 +86,19 @@ def main(
         for row in rows
     ]
     print(report.write(output, "viewer", report.command(), rows, {"One page": table}, about, NOTES))
+
+
+@contextmanager
+def chromium() -> Iterator[Browser]:
+    r"""A headless browser, with WebGL by the processor."""
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    browser = next(filter(None, map(shutil.which, names)), None)
+    if browser is None:
+        raise SystemExit(f"Expected one of the browsers {names} (got none)")
+    args = ["--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    args += ["--no-sandbox"] if getattr(os, "geteuid", lambda: 1)() == 0 else []
+    with sync_playwright() as playwright:
+        yield playwright.chromium.launch(executable_path=browser, args=args)
 
 
 def measured(page: Page, model: MorphableModel, path: Path, repeat: int) -> dict[str, float]:
