@@ -154,6 +154,14 @@ def read_ply(path: Path) -> Polygons:
     if len(lists) != 1 and face:
         raise ValueError(f"faces of {list(face)} without one list of vertices")
     corners, counts = lists[0] if lists else (np.empty(0, np.int64),) * 2
+    strips = elements.get("tristrips", {})
+    listed = [strips[name] for name in PLY_CORNERS if isinstance(strips.get(name), tuple)]
+    if len(listed) != 1 and strips:
+        raise ValueError(f"triangle strips of {list(strips)} without one list of vertices")
+    if listed and len(counts) > 0 and len(listed[0][1]) > 0:
+        raise ValueError("both faces and triangle strips")
+    if listed and len(counts) == 0:
+        corners, counts = _triangles_of_strips(*listed[0])
     vertices = np.stack([axis.astype(np.float64) for axis in axes], axis=1)
     return _polygons(vertices, corners, counts)
 
@@ -507,6 +515,24 @@ def _polygons(vertices: Any, corners: Any, counts: Any) -> Polygons:
             f"from 0"
         )
     return vertices, corners.astype(np.int64), counts
+
+
+def _triangles_of_strips(corners: ndarray, counts: ndarray) -> tuple[ndarray, ndarray]:
+    # A strip goes on by one vertex a triangle, up to the end of its row or to -1: every second one
+    # lies the other way round. Vertices that are repeated to join strips make no triangle.
+    if corners.dtype.kind not in "iu":
+        raise ValueError(f"vertices of triangle strips as {corners.dtype}")
+    corners = np.insert(corners.astype(np.int64), counts.cumsum(), -1)
+    if corners.min(initial=0) < -1:
+        raise ValueError(f"vertex {corners.min()} in a triangle strip")
+    place = np.arange(len(corners))
+    start = np.maximum.accumulate(np.where(corners < 0, place + 1, 0))
+    windows = np.stack([corners[:-2], corners[1:-1], corners[2:]], axis=1)
+    a, b, c = windows.T
+    whole = (windows.min(axis=1, initial=0) >= 0) & (a != b) & (b != c) & (a != c)
+    turned = (place[:-2] - start[:-2]) % 2 == 1
+    windows[turned] = windows[turned][:, [1, 0, 2]]
+    return windows[whole].reshape(-1), np.full(int(whole.sum()), 3)
 
 
 def _shown(words: bytes) -> str:

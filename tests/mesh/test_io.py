@@ -111,6 +111,58 @@ def test_cut_off_file(tmp_path, suffix, share):
         read_mesh(path)
 
 
+STRIPS = {
+    "one row": "1\n5 0 1 2 3 4\n",
+    "ended by -1": "1\n11 0 1 2 -1 2 1 3 -1 2 3 4\n",
+    "several rows": "2\n4 0 1 2 3\n3 2 3 4\n",
+    "joined by repeated vertices": "1\n8 0 1 2 2 2 1 3 4\n",
+}
+
+
+@pytest.mark.parametrize("binary", [False, True])
+@pytest.mark.parametrize("rows", STRIPS)
+def test_triangle_strips_of_ply_files(tmp_path, rows, binary):
+    count, *lists = STRIPS[rows].splitlines()
+    last = [3, 1, 4] if rows == "joined by repeated vertices" else [2, 3, 4]
+    kind = "binary_little_endian" if binary else "ascii"
+    header = (
+        f"ply\nformat {kind} 1.0\nelement vertex 5\nproperty float x\nproperty float y\n"
+        f"property float z\nelement tristrips {count}\nproperty list int int vertex_indices\n"
+        f"end_header\n"
+    )
+    vertices = np.random.default_rng(0).random((5, 3), dtype=np.float32)
+    if binary:
+        body = vertices.tobytes()
+        body += b"".join(np.array(row.split(), dtype="<i4").tobytes() for row in lists)
+    else:
+        body = "\n".join([*(" ".join(map(repr, v.tolist())) for v in vertices), *lists]).encode()
+    (tmp_path / "strips.ply").write_bytes(header.encode() + body)
+    found, faces = read_mesh(tmp_path / "strips.ply")
+    np.testing.assert_array_equal(found, vertices)
+    assert faces.tolist() == [[0, 1, 2], [2, 1, 3], last]
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        ("element tristrips 1\nproperty list int int vertex_indices\n|4 0 1 -2 2", "vertex -2"),
+        ("element tristrips 1\nproperty list int int vertex_indices\n|3 0 1 7", "vertex 7"),
+        ("element tristrips 1\nproperty list int int corners\n|3 0 1 2", "strips of"),
+        (
+            "element face 1\nproperty list int int vertex_indices\nelement tristrips 1\n"
+            "property list int int vertex_indices\n|3 0 1 2\n3 0 1 2",
+            "both faces and",
+        ),
+    ],
+)
+def test_bad_triangle_strips_are_refused(tmp_path, more, message):
+    header, rows = more.split("|")
+    text = PLY.format(more=header) + "0 0 0\n1 0 0\n0 1 0\n" + rows + "\n"
+    (tmp_path / "strips.ply").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_mesh(tmp_path / "strips.ply")
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match="none.ply"):
         read_mesh(tmp_path / "none.ply")
