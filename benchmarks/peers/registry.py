@@ -64,6 +64,8 @@ PEERS = {
         lambda h, n: modal(h, latent_channels=n, refinements=0), rate_of="modal"
     ),
     "modal, modes of all vertices": Peer(lambda h, n: modal(h, "qem", n, level=0), rate_of="modal"),
+    "modal, level 2": Peer(lambda h, n: modal(h, latent_channels=n, level=2), rate_of="modal"),
+    "modal, level 2, QEM": Peer(lambda h, n: modal(h, "qem", n, level=2), rate_of="modal"),
     "modal, no further modes": Peer(
         lambda h, n: modal(h, "qem", n, modes=0, level=0), rate_of="modal"
     ),
