@@ -192,6 +192,7 @@ def test_gradients_do_not_reach_the_linear_path(hierarchy):
 
 
 def test_learns_what_is_curved_and_keeps_its_modes(hierarchy):
+    pytest.importorskip("pytorch_lightning")
     # An arc in the space of meshes has two linear dimensions, and one that counts.
     template = torch.from_numpy(hierarchy.vertices[0]).float()
     modes = 0.1 * torch.stack([template @ torch.randn(3, 3) for _ in range(2)])  # smooth
@@ -210,6 +211,7 @@ def test_learns_what_is_curved_and_keeps_its_modes(hierarchy):
 
 
 def test_no_epoch_that_is_worse_than_principal_components_is_kept(hierarchy):
+    pytest.importorskip("pytorch_lightning")
     train, val = meshes(hierarchy, 40), meshes(hierarchy, 10, seed=1)
     model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     model.fit(train, val, epochs=1, lr=10.0, seed=0, **QUIET)
@@ -220,6 +222,7 @@ def test_no_epoch_that_is_worse_than_principal_components_is_kept(hierarchy):
 
 
 def test_a_refused_training_leaves_statistics_and_modes(hierarchy):
+    pytest.importorskip("pytorch_lightning")
     train, val = meshes(hierarchy, 40), meshes(hierarchy, 10, seed=1)
     model = MorphableModel.modal(hierarchy, 3, modes=5, hidden_channels=16, pool_kwargs=ATTENTION)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -278,6 +281,7 @@ def test_exports(hierarchy, tmp_path):
 
 
 def test_further_features_have_a_scale_of_their_own(hierarchy):
+    pytest.importorskip("pytorch_lightning")
     coordinates = meshes(hierarchy, 60)
     color = 100 * torch.rand(60, coordinates.size(1), 1)
     x = torch.cat([coordinates, color], dim=2)
