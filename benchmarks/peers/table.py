@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from benchmarks.peers.costs import seconds_of
 from benchmarks.peers.data import SETS
@@ -31,6 +32,7 @@ MEASURED = {
     "parameters": "parameters shipped",
 }
 COLUMNS = (*KEYS, *MEASURED)
+TICKS = (1, 1.5, 2, 3, 4, 5, 7)  # of every power of ten
 COSTS = ("training (s)", "a step (ms)", "decoding a mesh (ms)", "on disk (MB)")
 
 
@@ -71,14 +73,18 @@ def draw(path: Path, rows: Rows, costs: Costs) -> None:
     r"""Draws the mean test error against the parameters that ship and against the time of
     training. PCA, which has no steps, is a line."""
     groups = _groups(rows)
-    figure = Figure(figsize=(10, 3.6 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(10, 2.9 * len(groups)), layout="constrained")
     axes = figure.subplots(len(groups), 2, squeeze=False, sharey="row")
     names = dict.fromkeys(row["peer"] for row in rows)
     colors = {name: f"C{i}" for i, name in enumerate(name for name in names if name != "PCA")}
     for (size, time), ((data, meshes, latent), of_peers) in zip(axes, groups.items(), strict=True):
         for ax in (size, time):
             ax.set(xscale="log", yscale="log", title=f"{data}, {meshes} meshes, latent {latent}")
-        size.set(xlabel="parameters shipped", ylabel="mean test error (mm)")
+            ax.minorticks_off()
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(LogLocator(subs=TICKS))
+                axis.set_major_formatter("{x:g}")
+        size.set(xlabel="million parameters shipped", ylabel="mean test error (mm)")
         time.set(xlabel="training, one thread (s)")
         curves: dict[str, list[tuple[float, float]]] = {}
         for (peer, steps), found in of_peers.items():
@@ -87,7 +93,7 @@ def draw(path: Path, rows: Rows, costs: Costs) -> None:
                 for ax in (size, time):
                     ax.axhline(error, color="black", linestyle="--", linewidth=1)
                 continue
-            size.plot(float(found[0]["parameters"]), error, "o", color=colors[peer])
+            size.plot(float(found[0]["parameters"]) / 1e6, error, "o", color=colors[peer])
             cost = costs.get((SETS[data].rates or data, latent, peer))
             if cost is not None:
                 curves.setdefault(peer, []).append((seconds_of(cost, steps), error))
@@ -120,7 +126,7 @@ def _cell(name: str, values: list[float]) -> str:
         return f"{int(mean):,}"
     if name == "lr":
         return f"{mean:g}" if mean else ""
-    digits = 3 if mean < 10 else 2
+    digits = 2 + (mean < 10) + (mean < 0.1)
     text = f"{mean:.{digits}f}"
     if name == "mean" and len(values) > 1:
         text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
