@@ -22,6 +22,8 @@ from pyg_attnpool.mesh import decimate
 
 RESIDENT = 8 << 30  # bytes of training meshes beyond which they are read while training
 
+DETAILED = "detailed_"  # before the name of a set that is made here, with the detail of scans
+
 # Of a smoke run: vertices of the template, how many times fewer every level has, training and other
 # meshes.
 SMOKE_VERTICES, SMOKE_FACTORS, SMOKE_MESHES = 400, [2.5] * 4, (48, 16, 16)
@@ -78,12 +80,13 @@ class Meshes:
 def _open(name: str, options: Options) -> MeshDataset:
     size = ("smoke", "small", "full").index(options.scale)
     root = options.root
-    if name == "faces":
-        return AnnyFaces(root / "AnnyFaces", frames=(1, 20, 140)[size])
-    if name == "bodies":
-        return AnnyBodies(root / "AnnyBodies", frames=(1, 20, 286)[size])
-    if name == "hands":
-        return AnnyHands(root / "AnnyHands", meshes=(100, 3000, 100_000)[size])
+    made, detail = name.removeprefix(DETAILED), name.startswith(DETAILED)
+    if made == "faces":
+        return AnnyFaces(root / "AnnyFaces", frames=(1, 20, 140)[size], detail=detail)
+    if made == "bodies":
+        return AnnyBodies(root / "AnnyBodies", frames=(1, 20, 286)[size], detail=detail)
+    if made == "hands":
+        return AnnyHands(root / "AnnyHands", meshes=(100, 3000, 100_000)[size], detail=detail)
     if name == "coma":
         return CoMA(root / "CoMA")
     if name == "dfaust":
@@ -93,7 +96,7 @@ def _open(name: str, options: Options) -> MeshDataset:
         return SynHand(root / "SynHand" / "raw", cache=root / "SynHand" / "processed")
     if not Path(name).is_dir():
         raise ValueError(
-            f"Expected 'data' to be faces, bodies, hands, coma, dfaust, synhand or a folder of "
-            f"registered meshes (got {name!r})"
+            f"Expected 'data' to be faces, bodies, hands, these with 'detailed_' before, coma, dfaust, "
+            f"synhand or a folder of registered meshes (got {name!r})"
         )
     return RegisteredMeshes(name, unit=options.unit, cache=root / "RegisteredMeshes")

@@ -8,8 +8,8 @@ from typing import Literal
 @dataclass
 class Options:
     data: tuple[str, ...] = ("faces",)
-    """faces, bodies or hands, made here; coma, dfaust or synhand; or folders of registered
-    meshes."""
+    """faces, bodies or hands, made here, and as detailed_faces and so on with the detail of scans;
+    coma, dfaust or synhand; or folders of registered meshes."""
     scale: Literal["smoke", "small", "full"] = "small"
     """A few steps on a mesh of a few hundred vertices; about an hour on two cores; or as many
     epochs as published, on as many meshes."""

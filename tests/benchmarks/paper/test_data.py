@@ -32,3 +32,7 @@ def test_sets_made_here_at_smoke_scale(options):
         assert [len(part) for part in parts] == [48, *(min(16, len(p)) for p in parts[1:])]
         assert all(part.shape[1:] == (400, 3) for part in parts)
     assert all(size == [400, 160, 64, 26, 11] for size in sizes.values())
+    plain, detailed = (Meshes(name, options).split()[0] for name in ("faces", "detailed_faces"))
+    # Detail is small, and on every mesh.
+    distance = (plain - detailed).norm(dim=-1)
+    assert distance.amax(dim=1).min() > 1e-4 and distance.mean() < 3e-3
