@@ -96,7 +96,7 @@ def _open(name: str, options: Options) -> MeshDataset:
         return SynHand(root / "SynHand" / "raw", cache=root / "SynHand" / "processed")
     if not Path(name).is_dir():
         raise ValueError(
-            f"Expected 'data' to be faces, bodies, hands, these with 'detailed_' before, coma, dfaust, "
+            f"Expected 'data' to be faces, bodies, hands (or detailed_faces, ...), coma, dfaust, "
             f"synhand or a folder of registered meshes (got {name!r})"
         )
     return RegisteredMeshes(name, unit=options.unit, cache=root / "RegisteredMeshes")
