@@ -190,6 +190,31 @@ def test_the_minimum_of_a_curved_model(curved):
         curved.float()
 
 
+class Circle(torch.nn.Module):
+    r"""Meshes on a circle, along which the code goes."""
+
+    latent_channels = 1
+
+    def encode(self, x):
+        return torch.atan2(x[:, 0, 1], x[:, 0, 0] + 1).unsqueeze(1) / 2
+
+    def decode(self, z):
+        away = torch.cat([(2 * z).cos() - 1, (2 * z).sin(), torch.zeros_like(z)], dim=1)
+        return away.unsqueeze(1).expand(-1, len(TEMPLATE[0]), -1)
+
+
+def test_a_fit_finds_what_the_way_from_the_mean_does_not_lead_to():
+    model = MorphableModel(Circle(), TEMPLATE)
+    model.set_statistics(model.template, torch.full_like(model.std, 0.05))
+    # From the mean, the opposite side of the circle is as far in both directions.
+    codes = torch.tensor([[0.0], [torch.pi / 2], [0.3]])
+    y = model.decode(codes)
+    fit = model.fit_to(y, weight=(torch.arange(y.size(1)) % 7 == 0).float(), noise=1e-4)
+    assert mm(fit.mesh, y).max() < 0.1
+    assert_close(fit.code.abs(), codes, atol=1e-3, rtol=0)
+    assert fit.converged.all()
+
+
 def partial(mesh, noise=0.0, seed=0, part=0.65):
     r"""A scan of one side of a mesh, with vertices and faces of its own."""
     rng = np.random.default_rng(seed)

@@ -57,6 +57,9 @@ def fit_to(
     5. a file of a scan or a point cloud in the unit of the model, as
     :func:`~pyg_attnpool.mesh.read_scan` takes
 
+    A fit to vertices or landmarks starts from the mean code. If it leaves more than twice the noise, it
+    is tried again from the closest three of some codes of the prior, and the best counts.
+
     Points of a scan meet the closest points of the model, and vertices of the model those of the
     scan, anew in every step. Pairs that lie far apart for the present state, face away from each
     other or end at an open boundary count little or nothing (Geman-McClure kernel). The first pose
@@ -129,7 +132,9 @@ def fit_to(
             for position, weight in zip(points.position, points.weight, strict=True):
                 warn_millimetres("observations", position[weight > 0])
     with evaluating(model):
-        return fit_points(Decoder(model), known, motion or "none", noise, max_iterations)
+        return fit_points(
+            Decoder(model), known, motion or "none", noise, max_iterations, again=True
+        )
 
 
 @torch.no_grad()
@@ -194,7 +199,8 @@ def edit(
             # The mean over what stays, not the sum: else a thousand vertices hold back one.
             scale = len(targets) / kept.weight.bool().sum()
             known.append(kept._replace(weight=scale * stays))
-        return fit_points(Decoder(model, code[0]), known, "none", noise, max_iterations)
+        start = Decoder(model, code[0])
+        return fit_points(start, known, "none", noise, max_iterations, again=False)
 
 
 def _check_settings(noise: float, max_iterations: int) -> None:

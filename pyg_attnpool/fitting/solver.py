@@ -27,6 +27,8 @@ FREEDOM = {"none": 0, "rigid": 6, "similarity": 7}
 BLOCK = 128  # meshes decoded at a time
 MESHES = 16  # meshes fitted at a time
 TOLERANCE = 1e-4  # a relative decrease of the objective that is small
+POOR = 2  # times the noise: residuals of a fit that is tried again from elsewhere
+SAMPLES, RESTARTS = 64, 3  # codes of the prior that are looked at, and that a fit starts from
 
 
 class Fit(NamedTuple):
@@ -142,6 +144,12 @@ class Decoder:
 
     def code(self, w: Tensor) -> Tensor:
         return (self.origin + w @ self.axes.t()).to(self.model.mean.dtype)
+
+    def vertices(self, w: Tensor) -> Tensor:
+        # Coordinates [B, N, 3] in double precision, for w [B, size].
+        parts = self.code(w).split(BLOCK)
+        out = torch.cat([self.model.autoencoder.decode(z)[..., :3].double() for z in parts])
+        return self.model.std[:, :3].double() * out + self.model.mean[:, :3].double()
 
     def __call__(self, w: Tensor) -> Tensor:
         # Coordinates and derivatives [B, N, 3, 1 + size] in double precision, for w [B, size].
@@ -267,8 +275,11 @@ def fit_points(
     motion: MotionKind,
     noise: float,
     max_iterations: int,
+    again: bool,
 ) -> Fit:
-    r"""One fit per mesh of the batch. The residuals are those of the first points."""
+    r"""One fit per mesh of the batch, from the mean on, and where that explains little and
+    :obj:`again` says so, from other codes of the prior too. The residuals are those of the first
+    points."""
     size = max(len(points.position) for points in known)
     for points in known:
         if len(points.position) not in (1, size):
@@ -281,27 +292,78 @@ def fit_points(
         raise ValueError(f"Expected at least three points for a motion (got {seen})")
     parts = []
     for i in range(0, size, MESHES):
-        part = every._replace(
-            position=every.position[i : i + MESHES], weight=every.weight[i : i + MESHES]
-        )
+        part = _meshes(every, list(range(i, min(i + MESHES, size))))
         w = part.position.new_zeros(len(part.position), decoder.size)
-        pose = no_motion(len(w), w)
-        if motion != "none":
-            mean = (part.mapping @ decoder(w[:1])[..., 0]).expand_as(part.position)
-            pose = procrustes(mean, part.position, part.weight, motion == "similarity")
-        state = State(w, pose)
-        parts.append(levenberg_marquardt(decoder, part, state, FREEDOM[motion], max_iterations))
+        start = _posed(decoder, part, w, motion)
+        found = levenberg_marquardt(decoder, part, start, FREEDOM[motion], max_iterations)
+        if again:
+            found = _restarted(decoder, part, found, motion, noise, max_iterations)
+        parts.append(found)
     states, converged = zip(*parts, strict=True)
     w = torch.cat([state.w for state in states])
     pose = Motion(*map(torch.cat, zip(*(state.motion for state in states), strict=True)))
     mesh, code = decoded(decoder, State(w, pose))
     first = known[0]
-    found = first.mapping @ mesh[..., :3].double()
-    residuals = vertex_distances(found, first.position)
+    at = first.mapping @ mesh[..., :3].double()
+    residuals = vertex_distances(at, first.position)
     residuals = residuals.masked_fill(first.weight == 0, torch.nan)
     pose = pose.to(mesh)
     fit = Fit(mesh, code, *pose, residuals.to(mesh), torch.cat(converged))
     return Fit(*[x[0] for x in fit]) if all(points.single for points in known) else fit
+
+
+def _posed(decoder: Decoder, points: Points, w: Tensor, motion: MotionKind) -> State:
+    # White codes with the motion that takes their meshes closest to points.
+    if motion == "none":
+        return State(w, no_motion(len(w), w))
+    at = points.mapping @ decoder.vertices(w)
+    pose = procrustes(at, points.position, points.weight, motion == "similarity")
+    return State(w, pose)
+
+
+def _restarted(
+    decoder: Decoder,
+    points: Points,
+    found: tuple[State, Tensor],
+    motion: MotionKind,
+    noise: float,
+    max_iterations: int,
+) -> tuple[State, Tensor]:
+    # Fits that leave much are tried again from the closest of some codes of the prior: where a
+    # decoder is curved, the way from the mean may end in a wrong valley.
+    state, converged = found
+    squares, objective = _left(decoder, points, state)
+    poor = (squares > 3 * (POOR * noise) ** 2 * points.weight.sum(dim=1)).nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(SAMPLES, decoder.size, generator=generator, dtype=torch.double).to(state.w)
+    for i in poor.tolist():
+        starts = _posed(decoder, _meshes(points, [i] * SAMPLES), w, motion)
+        cost = _left(decoder, _meshes(points, [i] * SAMPLES), starts)[1]
+        starts = _chosen(starts, cost.topk(RESTARTS, largest=False).indices.tolist())
+        few = _meshes(points, [i] * RESTARTS)
+        ends, ended = levenberg_marquardt(decoder, few, starts, FREEDOM[motion], max_iterations)
+        cost = _left(decoder, few, ends)[1]
+        least = int(cost.argmin())
+        if cost[least] < objective[i]:
+            this = torch.arange(len(converged), device=converged.device) == i
+            state = _where(this, _chosen(ends, [least]), state)
+            converged = torch.where(this, ended[least], converged)
+    return state, converged
+
+
+def _meshes(points: Points, index: list[int]) -> Points:
+    return points._replace(position=points.position[index], weight=points.weight[index])
+
+
+def _chosen(state: State, index: list[int]) -> State:
+    return State(state.w[index], Motion(*(x[index] for x in state.motion)))
+
+
+def _left(decoder: Decoder, points: Points, state: State) -> tuple[Tensor, Tensor]:
+    # The weighted squares, without and with those of the code.
+    offset = points.position - points.mapping @ (state.motion @ decoder.vertices(state.w))
+    squares = (points.weight.unsqueeze(2) * offset * offset).sum(dim=(1, 2))
+    return squares, squares + state.w.square().sum(dim=1)
 
 
 def joined(known: list[Points], size: int, noise: float) -> Points:
