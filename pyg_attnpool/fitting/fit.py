@@ -57,8 +57,8 @@ def fit_to(
     5. a file of a scan or a point cloud in the unit of the model, as
     :func:`~pyg_attnpool.mesh.read_scan` takes
 
-    A fit to vertices or landmarks starts from the mean code. If it leaves more than twice the noise, it
-    is tried again from the closest three of some codes of the prior, and the best counts.
+    A fit to vertices or landmarks starts from the mean code. If it leaves more than twice the
+    noise, it is tried again from the closest three of some codes of the prior; the best counts.
 
     Points of a scan meet the closest points of the model, and vertices of the model those of the
     scan, anew in every step. Pairs that lie far apart for the present state, face away from each
