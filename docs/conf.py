@@ -11,7 +11,7 @@ sys.path.insert(0, str(ROOT))
 shutil.copytree(
     ROOT / "benchmarks/results",
     ROOT / "docs/results",
-    ignore=shutil.ignore_patterns("*.csv", "*.json"),
+    ignore=shutil.ignore_patterns("*.json"),
     dirs_exist_ok=True,
 )
 
