@@ -147,9 +147,12 @@ class Decoder:
 
     def vertices(self, w: Tensor) -> Tensor:
         # Coordinates [B, N, 3] in double precision, for w [B, size].
-        parts = self.code(w).split(BLOCK)
-        out = torch.cat([self.model.autoencoder.decode(z)[..., :3].double() for z in parts])
-        return self.model.std[:, :3].double() * out + self.model.mean[:, :3].double()
+        return self._from_mean(self.code(w)) + self.model.mean[:, :3].double()
+
+    def _from_mean(self, z: Tensor) -> Tensor:
+        decode = self.model.autoencoder.decode
+        out = torch.cat([decode(part)[..., :3].double() for part in z.split(BLOCK)])
+        return self.model.std[:, :3].double() * out
 
     def __call__(self, w: Tensor) -> Tensor:
         # Coordinates and derivatives [B, N, 3, 1 + size] in double precision, for w [B, size].
@@ -157,9 +160,7 @@ class Decoder:
         offsets = torch.cat([torch.zeros_like(eye[:1]), eye, -eye])
         z = self.code(w.unsqueeze(1) + offsets).flatten(0, 1)
         # Not through the units: adding the mean would round the differences.
-        decode = self.model.autoencoder.decode
-        out = torch.cat([decode(part)[..., :3].double() for part in z.split(BLOCK)])
-        out = self.model.std[:, :3].double() * out
+        out = self._from_mean(z)
         out = out.view(len(w), -1, *out.shape[1:]).movedim(1, -1)
         x, up, down = out.split([1, self.size, self.size], dim=-1)
         x = x + self.model.mean[:, :3].double().unsqueeze(-1)
@@ -294,7 +295,8 @@ def fit_points(
     for i in range(0, size, MESHES):
         part = _meshes(every, list(range(i, min(i + MESHES, size))))
         w = part.position.new_zeros(len(part.position), decoder.size)
-        start = _posed(decoder, part, w, motion)
+        mean = decoder.vertices(w[:1]).expand(len(w), -1, -1)
+        start = State(w, _closest_motion(part, mean, motion))
         found = levenberg_marquardt(decoder, part, start, FREEDOM[motion], max_iterations)
         if again:
             found = _restarted(decoder, part, found, motion, noise, max_iterations)
@@ -312,13 +314,12 @@ def fit_points(
     return Fit(*[x[0] for x in fit]) if all(points.single for points in known) else fit
 
 
-def _posed(decoder: Decoder, points: Points, w: Tensor, motion: MotionKind) -> State:
-    # White codes with the motion that takes their meshes closest to points.
+def _closest_motion(points: Points, x: Tensor, motion: MotionKind) -> Motion:
+    # That of meshes [B, N, 3] to points.
     if motion == "none":
-        return State(w, no_motion(len(w), w))
-    at = points.mapping @ decoder.vertices(w)
-    pose = procrustes(at, points.position, points.weight, motion == "similarity")
-    return State(w, pose)
+        return no_motion(len(x), x)
+    scale = motion == "similarity"
+    return procrustes(points.mapping @ x, points.position, points.weight, scale)
 
 
 def _restarted(
@@ -332,17 +333,21 @@ def _restarted(
     # Fits that leave much are tried again from the closest of some codes of the prior: where a
     # decoder is curved, the way from the mean may end in a wrong valley.
     state, converged = found
-    squares, objective = _left(decoder, points, state)
+    squares, objective = _left(points, decoder.vertices(state.w), state)
     poor = (squares > 3 * (POOR * noise) ** 2 * points.weight.sum(dim=1)).nonzero()[:, 0]
+    if len(poor) == 0:
+        return found
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(SAMPLES, decoder.size, generator=generator, dtype=torch.double).to(state.w)
+    samples = decoder.vertices(w)
     for i in poor.tolist():
-        starts = _posed(decoder, _meshes(points, [i] * SAMPLES), w, motion)
-        cost = _left(decoder, _meshes(points, [i] * SAMPLES), starts)[1]
+        many = _meshes(points, [i] * SAMPLES)
+        starts = State(w, _closest_motion(many, samples, motion))
+        _, cost = _left(many, samples, starts)
         starts = _chosen(starts, cost.topk(RESTARTS, largest=False).indices.tolist())
         few = _meshes(points, [i] * RESTARTS)
         ends, ended = levenberg_marquardt(decoder, few, starts, FREEDOM[motion], max_iterations)
-        cost = _left(decoder, few, ends)[1]
+        _, cost = _left(few, decoder.vertices(ends.w), ends)
         least = int(cost.argmin())
         if cost[least] < objective[i]:
             this = torch.arange(len(converged), device=converged.device) == i
@@ -359,9 +364,9 @@ def _chosen(state: State, index: list[int]) -> State:
     return State(state.w[index], Motion(*(x[index] for x in state.motion)))
 
 
-def _left(decoder: Decoder, points: Points, state: State) -> tuple[Tensor, Tensor]:
-    # The weighted squares, without and with those of the code.
-    offset = points.position - points.mapping @ (state.motion @ decoder.vertices(state.w))
+def _left(points: Points, x: Tensor, state: State) -> tuple[Tensor, Tensor]:
+    # The weighted squares of moved meshes [B, N, 3], without and with those of the code.
+    offset = points.position - points.mapping @ (state.motion @ x)
     squares = (points.weight.unsqueeze(2) * offset * offset).sum(dim=(1, 2))
     return squares, squares + state.w.square().sum(dim=1)
 

@@ -150,18 +150,12 @@ def read_ply(path: Path) -> Polygons:
     axes = [vertex[axis] for axis in "xyz" if isinstance(vertex.get(axis), ndarray)]
     if len(axes) < 3:
         raise ValueError(f"vertices of {list(vertex)}, without x, y and z")
-    lists = [face[name] for name in PLY_CORNERS if isinstance(face.get(name), tuple)]
-    if len(lists) != 1 and face:
-        raise ValueError(f"faces of {list(face)} without one list of vertices")
-    corners, counts = lists[0] if lists else (np.empty(0, np.int64),) * 2
-    strips = elements.get("tristrips", {})
-    listed = [strips[name] for name in PLY_CORNERS if isinstance(strips.get(name), tuple)]
-    if len(listed) != 1 and strips:
-        raise ValueError(f"triangle strips of {list(strips)} without one list of vertices")
-    if listed and len(counts) > 0 and len(listed[0][1]) > 0:
+    corners, counts = _listed(face, "faces")
+    strips, lengths = _listed(elements.get("tristrips", {}), "triangle strips")
+    if len(counts) > 0 and len(lengths) > 0:
         raise ValueError("both faces and triangle strips")
-    if listed and len(counts) == 0:
-        corners, counts = _triangles_of_strips(*listed[0])
+    if len(counts) == 0:
+        corners, counts = _triangles_of_strips(strips, lengths)
     vertices = np.stack([axis.astype(np.float64) for axis in axes], axis=1)
     return _polygons(vertices, corners, counts)
 
@@ -515,6 +509,14 @@ def _polygons(vertices: Any, corners: Any, counts: Any) -> Polygons:
             f"from 0"
         )
     return vertices, corners.astype(np.int64), counts
+
+
+def _listed(element: dict[str, Any], what: str) -> tuple[ndarray, ndarray]:
+    # The vertices of faces or strips one after another, and how many each has.
+    lists = [element[name] for name in PLY_CORNERS if isinstance(element.get(name), tuple)]
+    if len(lists) != 1 and element:
+        raise ValueError(f"{what} of {list(element)} without one list of vertices")
+    return lists[0] if lists else (np.empty(0, np.int64),) * 2
 
 
 def _triangles_of_strips(corners: ndarray, counts: ndarray) -> tuple[ndarray, ndarray]:
