@@ -13,6 +13,7 @@ from pyg_attnpool.models import PCA, coma, modal, neural3dmm
 from pyg_attnpool.training import epochs_for
 
 BATCH_SIZE = 16
+VALIDATIONS = 20  # of a run at least: a few meshes have hundreds of epochs
 
 
 class Peer(NamedTuple):
@@ -73,8 +74,11 @@ PEERS = {
 
 
 def steps_of(num_meshes: int, steps: int) -> tuple[int, int]:
-    r"""The whole epochs in which there are at least so many steps, and their steps."""
+    r"""The whole epochs in which there are at least so many steps, and their steps. Where not every
+    epoch is validated, the last one is."""
     epochs = epochs_for(steps, num_meshes, BATCH_SIZE)
+    if epochs >= 2 * VALIDATIONS:
+        epochs = VALIDATIONS * -(-epochs // VALIDATIONS)
     return epochs, epochs * -(-num_meshes // BATCH_SIZE)
 
 
@@ -89,7 +93,7 @@ def train_peer(
     seed: int,
     **trainer: Any,
 ) -> MorphableModel:
-    r"""A peer with the weights of its best epoch on validation meshes.
+    r"""A peer with the weights of its best validated epoch.
 
     Args:
         peer (Peer): One of :obj:`PEERS` that is trained.
@@ -118,6 +122,7 @@ def train_peer(
         lr=lr,
         loss=distance_loss if peer.millimetres and not own else None,
         seed=seed,
+        check_val_every_n_epoch=1 if epochs < 2 * VALIDATIONS else epochs // VALIDATIONS,
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,

@@ -7,6 +7,7 @@ Its seeds are never those of the table. Every run is a line of :obj:`rates.csv` 
 results; a call goes on where the last one ended."""
 
 import argparse
+import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,16 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def best_rate(path: Path, data: str, latent: int, peer: str) -> float:
-    r"""The rate with the least mean error on validation meshes.
+    r"""The rate with the least mean error on validation meshes, at the latent size or else at the
+    nearest one by ratio at which it has been looked for.
 
     Raises:
         ValueError: If it has not been looked for.
     """
-    found: dict[float, list[float]] = {}
+    by_latent: dict[int, dict[float, list[float]]] = {}
     data = SETS[data].rates or data
     for row in read_rows(path, COLUMNS):
-        if (row["data"], row["latent"], row["peer"]) == (data, str(latent), peer):
-            found.setdefault(float(row["lr"]), []).append(float(row["val"]))
+        if (row["data"], row["peer"]) == (data, peer):
+            of_latent = by_latent.setdefault(int(row["latent"]), {})
+            of_latent.setdefault(float(row["lr"]), []).append(float(row["val"]))
+    nearest = min(by_latent, key=lambda size: abs(math.log(size / latent)), default=latent)
+    found = by_latent.get(nearest, {})
     if len(found) < len(GRID):
         raise ValueError(
             f"Expected errors of all rates of {peer!r} on {data} at latent size {latent} in {path} "

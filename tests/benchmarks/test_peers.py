@@ -75,11 +75,17 @@ def test_errors_of_components_are_those_of_a_projection():
         assert error == pytest.approx(expected, rel=1e-3)
 
 
+def test_steps_are_whole_epochs_of_which_the_last_is_validated():
+    assert steps_of(2271, 425) == (3, 426)  # 142 steps each
+    assert steps_of(200, 425) == (33, 429)  # every epoch
+    assert steps_of(25, 425) == (220, 440)  # one of 11
+
+
 def test_the_best_rate_is_that_of_least_validation_error(tmp_path):
     path = tmp_path / "rates.csv"
 
-    def found(lr, val, peer="MLP", seed=100):
-        values = ("faces", 8, peer, 426, seed, lr, val)
+    def found(lr, val, peer="MLP", seed=100, latent=8):
+        values = ("faces", latent, peer, 426, seed, lr, val)
         append_row(path, tune.COLUMNS, dict(zip(tune.COLUMNS, values, strict=True)))
 
     for lr, val in zip(tune.GRID[:3], (0.9, 0.5, 0.7), strict=True):
@@ -91,9 +97,16 @@ def test_the_best_rate_is_that_of_least_validation_error(tmp_path):
     assert tune.best_rate(path, "faces", 8, "MLP") == tune.GRID[1]
     found(tune.GRID[1], 1.5, seed=101)  # 1.0 over both seeds
     assert tune.best_rate(path, "faces", 8, "MLP") == tune.GRID[2]
+    # Rates of 8 and 32 serve the sizes that are nearer to them by ratio.
+    for lr, val in zip(tune.GRID, (0.9, 0.8, 0.7, 0.1), strict=True):
+        found(lr, val, latent=32)
+    chosen = {size: tune.best_rate(path, "faces", size, "MLP") for size in (2, 15, 17, 32, 128)}
+    assert chosen == dict.fromkeys((2, 15), tune.GRID[2]) | dict.fromkeys(
+        (17, 32, 128), tune.GRID[3]
+    )
     with open(path, "a", encoding="utf-8") as file:
         file.write("faces,8,ML")  # torn by a crash
-    assert len(read_rows(path, tune.COLUMNS)) == 6
+    assert len(read_rows(path, tune.COLUMNS)) == 10
     with pytest.raises(ValueError, match="other columns"):
         read_rows(path, ("data",))
 
