@@ -5,7 +5,7 @@ from functools import partial
 
 import tyro
 
-from benchmarks.paper import error_maps, mappings, receptive_fields, sharpening
+from benchmarks.paper import curves, error_maps, mappings, receptive_fields, sharpening
 from benchmarks.paper.pictures import PictureOptions
 from benchmarks.paper.registry import EXPERIMENTS
 from benchmarks.paper.sweep import sweep
@@ -17,6 +17,7 @@ PICTURES = {
 PICTURES["figure6"] = (receptive_fields.ABOUT, PictureOptions, receptive_fields.main)
 PICTURES = {name: PICTURES[name] for name in sorted(PICTURES, key=lambda name: int(name[6:]))}
 COMMANDS = {e.name: (e.about, e.options, partial(sweep, e)) for e in EXPERIMENTS} | PICTURES
+COMMANDS["curves"] = (curves.ABOUT, curves.CurveOptions, curves.main)
 COMMANDS["sharpening"] = (sharpening.ABOUT, sharpening.SharpeningOptions, sharpening.main)
 
 PROGRAM = "python -m benchmarks.paper"
