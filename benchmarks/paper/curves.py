@@ -21,7 +21,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.registry import EXPERIMENTS
 from benchmarks.paper.run import Run, fitted
 from benchmarks.paper.sweep import REPORTED_ON, settings_of
-from benchmarks.peers.rows import append_row, read_rows
+from benchmarks.peers.rows import append_row, read_rows, rounded
 from pyg_attnpool import MorphableModel
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn import AttentionPool
@@ -85,8 +85,8 @@ class Record(pl.Callback):
         row = {
             "epoch": epoch,
             "steps": steps,
-            "val": float(f"{val:.5g}"),
-            "test": float(f"{found['mean']:.5g}"),
+            "val": rounded(val),
+            "test": rounded(found["mean"]),
             "alive": found["alive"],
             "w_a": json.dumps(shares(model)),
         }
@@ -97,7 +97,7 @@ def shares(model: MorphableModel) -> list[float]:
     r"""The share w_a of every attention layer, from the input to the output."""
     layers = [module for module in model.modules() if isinstance(module, AttentionPool)]
     weights = [layer.fusion_weight for layer in layers if layer.fusion_weight is not None]
-    return [float(f"{weight.item():.4g}") for weight in weights]
+    return [rounded(weight.item()) for weight in weights]
 
 
 def train(name: str, run: Run, meshes: Meshes, output: Path, options: CurveOptions) -> None:

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers.costs import as_long_as, read_costs
-from benchmarks.peers.data import SETS, load
+from benchmarks.peers.data import SETS, load, measured_on
 from benchmarks.peers.registry import PEERS, linear_peer, steps_of, train_peer
-from benchmarks.peers.rows import append_row, read_rows
+from benchmarks.peers.rows import append_row, read_rows, rounded
 from benchmarks.peers.surface import edge_error, normal_angle, roughness
 from benchmarks.peers.table import COLUMNS, KEYS, draw, write_table
 from benchmarks.peers.tune import best_rate
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add("--steps", type=int, default=425, help="at least so many, in whole epochs")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="PEER")
-    add("--meshes", type=int, help="so many training meshes, evenly spread")
+    add("--meshes", type=int, help="so many training meshes, evenly spread; fewer latent channels")
     add("--root", type=Path, default=Path("data"), help="folder of the data sets")
     add("--output", type=Path, default=Path("runs/peers"))
     add("--rates", type=Path, default=RESULTS / "rates.csv", help="the file that tune has written")
@@ -63,10 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
             train = train[few]
             subjects = None if subjects is None else [subjects[i] for i in few.tolist()]
         for seed, latent, name in product(options.seeds, options.latent, options.peers):
+            if latent >= len(train):
+                print(f"No principal components of {len(train)} meshes for {latent} channels")
+                continue
             peer = PEERS[name]
             epochs, steps = steps_of(len(train), options.steps)
             if options.as_long_as is not None and peer.trained:
-                same = (SETS[data].rates or data, str(latent))
+                same = (measured_on(data), str(latent))
                 steps = as_long_as(costs, *same, options.as_long_as, name, steps)
                 epochs, steps = steps_of(len(train), steps)
             if not peer.trained:
@@ -88,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             done.add(key)
             print(", ".join(key), json.dumps(row), flush=True)
     rows = read_rows(path, COLUMNS)
+    if not rows:
+        return
     print(write_table(options.output / "peers.md", rows, costs))
     draw(options.output / "peers.png", rows, costs)
 
@@ -111,7 +116,7 @@ def _measured(model: MorphableModel, train: Tensor, test: Tensor) -> dict[str, A
             "roughness": roughness(out, x, faces),
             "parameters": _shipped(model),
         }
-    return {name: float(f"{float(value):.5g}") for name, value in found.items()}
+    return {name: rounded(float(value)) for name, value in found.items()}
 
 
 def _shipped(model: MorphableModel) -> int:

@@ -10,16 +10,18 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from benchmarks.peers.data import SETS, load
 from benchmarks.peers.registry import PEERS, linear_peer, train_peer
 from benchmarks.peers.rows import append_row, read_rows
-from pyg_attnpool import MorphableModel
+from pyg_attnpool import MeshHierarchy, MorphableModel
 from pyg_attnpool.training import quiet_lightning
 
 STEPS = 20
@@ -56,36 +58,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.output / "costs.csv"
     done = {tuple(row[name] for name in KEYS) for row in read_rows(path, COLUMNS)}
     for data in options.data:
-        hierarchy, (train, val, _), subjects = load(data, options.root)
-        for latent in options.latent:
-            for name in options.peers:
-                key = (data, str(latent), name)
-                if key in done:
-                    continue
-                watch, start, model = _Watch(), time.perf_counter(), None
-                if PEERS[name].trained:
-                    model = train_peer(
-                        PEERS[name],
-                        hierarchy,
-                        latent,
-                        train,
-                        val[:16],
-                        1,
-                        1e-4,
-                        0,
-                        callbacks=[watch],
-                        limit_train_batches=STEPS,
-                    )
-                else:
-                    model = linear_peer(name, hierarchy, latent, train, val, subjects)
-                if model is None:
-                    continue
-                first = time.perf_counter() if watch.first is None else watch.first
-                step_ms = 1000 * min(watch.steps, default=0.0)
-                found = (first - start, step_ms, _decode_ms(model), _disk_mb(model))
+        meshes = load(data, options.root)
+        for latent, name in product(options.latent, options.peers):
+            key = (data, str(latent), name)
+            found = None if key in done else _measured(name, latent, *meshes)
+            if found is not None:
                 row = (*key, *(f"{value:.4g}" for value in found))
                 append_row(path, COLUMNS, dict(zip(COLUMNS, row, strict=True)))
                 print(", ".join(row), flush=True)
+
+
+def _measured(
+    name: str,
+    latent: int,
+    hierarchy: MeshHierarchy,
+    parts: tuple[Tensor, Tensor, Tensor],
+    subjects: list[str] | None,
+) -> tuple[float, ...] | None:
+    train, val, _ = parts
+    watch, start = _Watch(), time.perf_counter()
+    model: MorphableModel | None
+    if PEERS[name].trained:
+        few = dict(callbacks=[watch], limit_train_batches=STEPS)
+        model = train_peer(PEERS[name], hierarchy, latent, train, val[:16], 1, 1e-4, 0, **few)
+    else:
+        model = linear_peer(name, hierarchy, latent, train, val, subjects)
+    if model is None:
+        return None
+    first = time.perf_counter() if watch.first is None else watch.first
+    step_ms = 1000 * min(watch.steps, default=0.0)
+    return first - start, step_ms, _decode_ms(model), _disk_mb(model)
 
 
 def read_costs(path: Path) -> dict[tuple[str, ...], dict[str, float]]:

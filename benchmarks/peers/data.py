@@ -16,8 +16,8 @@ class MeshSet(NamedTuple):
     build: Callable[[Path], Any]
     subject: str | None = None
     r"""The one whose meshes are test, in place of the split of the set itself."""
-    rates: str | None = None
-    r"""Another set of the same meshes, whose tuned rates are taken."""
+    same_as: str | None = None
+    r"""Another set of the same meshes, whose tuned rates and costs are taken."""
 
 
 def _faces(root: Path) -> Any:
@@ -47,6 +47,11 @@ SETS = {
         lambda root: AnnyFaces(root / "AnnyFaces", frames=3, detail=True, num_subjects=100)
     ),
 }
+
+
+def measured_on(data: str) -> str:
+    r"""The set whose tuned rates and costs are those of a set."""
+    return SETS[data].same_as or data
 
 
 def load(

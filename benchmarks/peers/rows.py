@@ -31,3 +31,8 @@ def append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def rounded(value: float) -> float:
+    r"""A measured value in the digits that a line has of it."""
+    return float(f"{value:.5g}")

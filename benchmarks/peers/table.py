@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
 from benchmarks.peers.costs import seconds_of
-from benchmarks.peers.data import SETS
+from benchmarks.peers.data import measured_on
 from pyg_attnpool.files import replacing
 
 Rows = list[dict[str, str]]
@@ -50,6 +50,7 @@ def write_table(path: Path, rows: Rows, costs: Costs) -> str:
         "",
         "![Peers](peers.png)",
         "",
+        *_overview(rows),
     ]
     for (data, meshes, latent), of_peers in _groups(rows).items():
         lines += [f"## {data}, {meshes} training meshes, latent size {latent}", ""]
@@ -58,7 +59,7 @@ def write_table(path: Path, rows: Rows, costs: Costs) -> str:
         for (peer, steps), found in of_peers.items():
             label = peer if steps == 0 else f"{peer}, {steps:,} steps"
             cells = [_cell(name, [float(r[name]) for r in found]) for name in MEASURED]
-            cost = costs.get((SETS[data].rates or data, latent, peer))
+            cost = costs.get((measured_on(data), latent, peer))
             cells += [""] * len(COSTS) if cost is None else _costs(cost, steps)
             seeds = " ".join(row["seed"] for row in found)
             lines.append(f"| {label} | {seeds} | " + " | ".join(cells) + " |")
@@ -94,7 +95,7 @@ def draw(path: Path, rows: Rows, costs: Costs) -> None:
                     ax.axhline(error, color="black", linestyle="--", linewidth=1)
                 continue
             size.plot(float(found[0]["parameters"]) / 1e6, error, "o", color=colors[peer])
-            cost = costs.get((SETS[data].rates or data, latent, peer))
+            cost = costs.get((measured_on(data), latent, peer))
             if cost is not None:
                 curves.setdefault(peer, []).append((seconds_of(cost, steps), error))
         for peer, points in curves.items():
@@ -105,6 +106,26 @@ def draw(path: Path, rows: Rows, costs: Costs) -> None:
     figure.legend(loc="outside upper center", ncols=4)
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
+
+
+def _overview(rows: Rows) -> list[str]:
+    # Mean errors alone, of each peer those of its fewest steps.
+    groups = _groups(rows)
+    peers = list(dict.fromkeys(row["peer"] for row in rows))
+    lines = [
+        "## Mean test error (mm)",
+        "",
+        "| data | meshes | latent | " + " | ".join(peers) + " |",
+    ]
+    lines += ["|---" * (len(peers) + 3) + "|"]
+    for group, of_peers in groups.items():
+        fewest: dict[str, Rows] = {}
+        for (peer, _), found in sorted(of_peers.items()):
+            fewest.setdefault(peer, found)
+        errors = {peer: [float(row["mean"]) for row in found] for peer, found in fewest.items()}
+        cells = [_cell("mean", errors[peer]) if peer in errors else "" for peer in peers]
+        lines.append(f"| {' | '.join((*group, *cells))} |")
+    return [*lines, ""]
 
 
 def _groups(rows: Rows) -> dict[tuple[str, str, str], dict[tuple[str, int], Rows]]:

@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.peers.data import SETS, load
+from benchmarks.peers.data import SETS, load, measured_on
 from benchmarks.peers.registry import PEERS, steps_of, train_peer
 from benchmarks.peers.rows import append_row, read_rows
 from pyg_attnpool.training import quiet_lightning
@@ -72,9 +72,8 @@ def best_rate(path: Path, data: str, latent: int, peer: str) -> float:
         ValueError: If it has not been looked for.
     """
     by_latent: dict[int, dict[float, list[float]]] = {}
-    data = SETS[data].rates or data
     for row in read_rows(path, COLUMNS):
-        if (row["data"], row["peer"]) == (data, peer):
+        if (row["data"], row["peer"]) == (measured_on(data), peer):
             of_latent = by_latent.setdefault(int(row["latent"]), {})
             of_latent.setdefault(float(row["lr"]), []).append(float(row["val"]))
     nearest = min(by_latent, key=lambda size: abs(math.log(size / latent)), default=latent)

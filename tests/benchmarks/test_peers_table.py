@@ -6,7 +6,7 @@ import torch
 from torch.testing import assert_close
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import costs, data, table, tune
+from benchmarks.peers import costs, data, tune
 from benchmarks.peers.networks import MLP, TokenMixer
 from benchmarks.peers.rows import append_row, read_rows
 from benchmarks.peers.surface import edge_error, normal_angle, roughness
@@ -34,7 +34,7 @@ class Meshes:
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     meshes = Meshes()
-    for module in (peers, tune, data, costs, table):
+    for module in (peers, tune, data, costs):
         monkeypatch.setattr(module, "SETS", {"blobs": data.MeshSet(lambda root: meshes)})
     monkeypatch.setattr(tune, "GRID", (1e-3, 1e-2))
     rates = tmp_path / "rates.csv"
@@ -48,7 +48,8 @@ def run(tmp_path, monkeypatch, capsys):
         options += ["--costs", str(tmp_path / "costs.csv")]
         peers.main([*options, "--peers", "PCA", "MLP", *more])
         rows = read_rows(tmp_path / "peers.csv", peers.COLUMNS)
-        return rows, (tmp_path / "peers.md").read_text(encoding="utf-8"), capsys.readouterr().out
+        table = (tmp_path / "peers.md").read_text(encoding="utf-8") if rows else ""
+        return rows, table, capsys.readouterr().out
 
     return call
 
@@ -89,6 +90,14 @@ def test_a_second_call_goes_on_where_the_first_ended(run, tmp_path):
     assert more[:2] == rows and len(more) == 3 and more[2]["seed"] == "1"
     assert out.count("blobs, 24, 3") == 1  # one run was trained
     assert "| MLP, 2 steps | 0 1 |" in table and "±" in table
+    mean = sum(float(row["mean"]) for row in more[1:]) / 2
+    overview = f"| blobs | 24 | 3 | {float(rows[0]['mean']):.2f} | {mean:.2f} ± "
+    assert any(line.startswith(overview) for line in table.splitlines())
+
+
+def test_codes_of_as_many_channels_as_meshes_are_left_out(run):
+    rows, _, out = run("--seeds", "0", "--meshes", "3")
+    assert rows == [] and "of 3 meshes for 3 channels" in out
 
 
 @pytest.mark.slow

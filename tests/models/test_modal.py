@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.functional import mse_loss
+from torch.nn.functional import l1_loss, mse_loss
 from torch.testing import assert_close
 
 from pyg_attnpool import MeshHierarchy, MorphableModel
@@ -176,6 +176,19 @@ def test_training_minimises_the_errors_of_the_closest_and_of_the_guessed_code(hi
     assert_close(network.objective(new, network.training_loss), sum(errors))
     # So does a loss of a user's own.
     assert_close(network.objective(new, mse_loss), sum(mse_loss(out, new) for out in outs))
+
+
+def test_a_derived_network_is_trained_on_what_it_gives(hierarchy):
+    class Shifted(ModalAutoencoder):
+        def decode(self, z):
+            return super().decode(z) + 0.25
+
+    x = meshes(hierarchy, 40)
+    network = fitted(hierarchy, x)
+    shifted = Shifted(hierarchy, network.config)
+    shifted.load_state_dict(network.state_dict())
+    target = network(x)
+    assert_close(shifted.objective(target, l1_loss), torch.tensor(0.25), atol=1e-3, rtol=0)
 
 
 def test_gradients_do_not_reach_the_linear_path(hierarchy):
