@@ -3,7 +3,7 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 from torch.testing import assert_close
-from torch_geometric.data import Data
+from torch_geometric.data import Batch, Data
 
 from pyg_attnpool import Mapping, MeshHierarchy, MorphableModel
 from pyg_attnpool.fitting.solver import Decoder
@@ -152,7 +152,7 @@ def test_a_motion_is_recovered(linear):
 
 
 def test_a_batch_is_its_meshes(curved):
-    x = meshes(17, seed=4).float()  # more than are fitted at a time
+    x = curved.sample(17, generator=torch.Generator().manual_seed(4))  # more than at a time
     rotation, translation = motion(40)
     y = x @ rotation.t().float() + translation.float()
     weight = (torch.rand(17, x.size(1)) < 0.2).float()
@@ -312,6 +312,64 @@ def test_a_fit_repeats(linear):
     assert torch.equal(first.mesh, second.mesh)
 
 
+def test_several_scans_are_fitted_one_by_one(linear):
+    truth = linear(meshes(2, seed=3))
+    scans = [partial(truth[0], part=0.8), partial(truth[1], part=0.6)]
+    alone = [linear.fit_to(scan, motion="none") for scan in scans]
+    graphs = [
+        Data(pos=torch.from_numpy(vertices), face=torch.from_numpy(faces).t())
+        for vertices, faces in scans
+    ]
+    for several in (scans, graphs, Batch.from_data_list(graphs)):
+        fits = linear.fit_to(several, motion="none")
+        assert fits.mesh.shape == truth.shape and fits.converged.shape == (2,)
+        for i, (fit, (vertices, _)) in enumerate(zip(alone, scans, strict=True)):
+            assert_close(fits.mesh[i], fit.mesh)
+            assert_close(fits.residuals[i, : len(vertices)], fit.residuals)
+            assert fits.residuals[i, len(vertices) :].isnan().all()
+    # Landmarks of each, in a batch.
+    some = torch.tensor([5, 300, 17, 600])
+    marked = linear.fit_to(graphs, landmarks=(some, truth[:, some]), motion="none")
+    assert (mm(marked.mesh, truth).mean(dim=1) < 1).all()
+
+
+def test_what_no_likely_code_explains_has_not_converged(linear):
+    x = meshes(2, seed=3)
+    assert linear.fit_to(x).converged.all()
+    with pytest.warns(UserWarning, match="millimetres"):
+        assert not linear.fit_to(torch.cat([x, 1000 * x[:1]])).converged[2]
+    far = {i: x[0, i] + 0.5 for i in range(0, 600, 30)}
+    assert not linear.fit_to(landmarks=far).converged
+
+
+def test_some_vertices_alone_are_decoded_as_all_are(linear, curved):
+    modal = MorphableModel.modal(curved.hierarchy, 2, modes=4, level=1)
+    modal.set_statistics(meshes(20).mean(dim=0).float(), torch.full((642, 3), 0.01))
+    modal.autoencoder.fit_modes(lambda: [modal.standardize(meshes(20).float())])
+    modal.set_latent_statistics(meshes(20).float())
+    some = torch.tensor([641, 3, 50])
+    for model in (linear, curved, modal):
+        every, few = Decoder(model), Decoder(model, vertices=some)
+        w = torch.randn(3, every.size).double()
+        assert_close(few(w), every(w)[:, some], atol=1e-5, rtol=1e-3)
+
+    class Shifted(type(linear.autoencoder)):
+        def decode(self, z):
+            return super().decode(z) + 0.25
+
+    shifted = Shifted.empty(642, 5).double()
+    shifted.load_state_dict(linear.autoencoder.state_dict())
+    model = MorphableModel(shifted, TEMPLATE).double()
+    model.set_statistics(linear.mean, linear.std)
+    model.latent_cov.copy_(linear.latent_cov)
+    w = torch.randn(1, 5).double()
+    assert_close(Decoder(model, vertices=some).vertices(w), Decoder(model).vertices(w)[:, some])
+    assert_close(
+        Decoder(model).vertices(w) - Decoder(linear, model.latent_mean).vertices(w),
+        (0.25 * linear.std).expand(1, -1, -1),
+    )
+
+
 def test_edits_move_what_they_are_asked_to(linear, curved):
     for model in (linear, curved):
         x = model(meshes(1, seed=3).to(model.mean))[0]
@@ -347,6 +405,12 @@ def test_an_edit_of_a_linear_model_in_closed_form(linear):
 @pytest.mark.parametrize(
     "call, error, match",
     [
+        (lambda m, x: m.fit_to([(x, None), x]), TypeError, "a list of scans alone .got Tensor"),
+        (
+            lambda m, x: m.fit_to([(x, None)] * 2, landmarks={0: x[0], 1: x[1], 2: x[2]}),
+            ValueError,
+            "landmarks of 2 scans .got of 1",
+        ),
         (lambda m, x: m.fit_to(), ValueError, "observations or landmarks"),
         (
             lambda m, x: m.fit_to(x[:100]),

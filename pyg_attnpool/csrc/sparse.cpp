@@ -128,7 +128,7 @@ void spmm_grads(int64_t N, int64_t C, const int64_t* rowptr_t, const int64_t* co
     }
 
 extern "C" {
-void pyg_attnpool_7() {}  // the version that _cpu.py looks for
+void pyg_attnpool_8() {}  // the version that _cpu.py looks for
 
 FUNCTIONS(float)
 FUNCTIONS(double)

@@ -7,11 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch_geometric.data import Data
+from torch.nn.utils.rnn import pad_sequence
+from torch_geometric.data import Batch, Data
 
-from pyg_attnpool.fitting.observations import observed_landmarks, observed_scan, observed_vertices
+from pyg_attnpool.fitting.observations import (
+    Points,
+    observed_landmarks,
+    observed_scan,
+    observed_vertices,
+)
 from pyg_attnpool.fitting.scan import fit_scan
-from pyg_attnpool.fitting.solver import FREEDOM, Decoder, Fit, MotionKind, fit_points
+from pyg_attnpool.fitting.solver import FREEDOM, Fit, MotionKind, fit_points
 from pyg_attnpool.latent import as_codes
 from pyg_attnpool.metrics import evaluating
 from pyg_attnpool.units import one_warning, warn_millimetres
@@ -20,6 +26,7 @@ if TYPE_CHECKING:
     from pyg_attnpool.models import MorphableModel
 
 NOISE = 0.001  # metres
+SCANS = (Data, tuple, str, Path)  # the forms of a scan
 
 
 @torch.no_grad()
@@ -56,6 +63,9 @@ def fit_to(
 
     5. a file of a scan or a point cloud in the unit of the model, as
     :func:`~pyg_attnpool.mesh.read_scan` takes
+
+    6. a :class:`~torch_geometric.data.Batch` or a list of several of the last three, which are
+    fitted one after the other; the residuals of the shorter ones end in NaN
 
     A fit to vertices or landmarks starts from the mean code. If it leaves more than twice the
     noise, it is tried again from the closest three of some codes of the prior; the best counts.
@@ -108,19 +118,24 @@ def fit_to(
         raise ValueError(f"Expected 'motion' to be one of {list(FREEDOM)} (got {motion!r})")
     _check_settings(noise, max_iterations)
     known = [] if landmarks is None else [observed_landmarks(model, landmarks)]
-    if isinstance(observations, Data | tuple | str | Path):
+    if isinstance(observations, Batch):
+        observations = observations.to_data_list()
+    several = isinstance(observations, list) and isinstance(next(iter(observations), None), SCANS)
+    if several or isinstance(observations, SCANS):
         if weight is not None:
             raise ValueError("Expected no 'weight' beside a scan (got one)")
-        scan = observed_scan(model, observations, motion == "similarity")
-        if known and len(known[0].position) > 1:
-            raise ValueError(f"Expected landmarks of one scan (got {len(known[0].position)})")
-        if known and motion != "none" and known[0].mapping.num_target < 3:
-            raise ValueError(
-                f"Expected at least three landmarks to start from (got "
-                f"{known[0].mapping.num_target})"
-            )
+        every = observations if several else [observations]
+        other = [type(scan).__name__ for scan in every if not isinstance(scan, SCANS)]
+        if other:
+            raise TypeError(f"Expected a list of scans alone (got {other[0]} among them)")
+        scans = [observed_scan(model, scan, motion == "similarity") for scan in every]
+        marks = _landmarks_of(known[0], len(scans), motion) if known else [[]] * len(scans)
         with evaluating(model):
-            return fit_scan(model, scan, known, motion or "rigid", noise, max_iterations)
+            fits = [
+                fit_scan(model, scan, own, motion or "rigid", noise, max_iterations)
+                for scan, own in zip(scans, marks, strict=True)
+            ]
+        return _stacked(fits) if several else fits[0]
     if observations is not None:
         known.insert(0, observed_vertices(model, observations, weight))
     elif weight is not None:
@@ -132,9 +147,7 @@ def fit_to(
             for position, weight in zip(points.position, points.weight, strict=True):
                 warn_millimetres("observations", position[weight > 0])
     with evaluating(model):
-        return fit_points(
-            Decoder(model), known, motion or "none", noise, max_iterations, again=True
-        )
+        return fit_points(model, None, known, motion or "none", noise, max_iterations)
 
 
 @torch.no_grad()
@@ -199,8 +212,30 @@ def edit(
             # The mean over what stays, not the sum: else a thousand vertices hold back one.
             scale = len(targets) / kept.weight.bool().sum()
             known.append(kept._replace(weight=scale * stays))
-        start = Decoder(model, code[0])
-        return fit_points(start, known, "none", noise, max_iterations, again=False)
+        return fit_points(model, code[0], known, "none", noise, max_iterations)
+
+
+def _landmarks_of(known: Points, num_scans: int, motion: MotionKind | None) -> list[list[Points]]:
+    if len(known.position) != num_scans:
+        raise ValueError(
+            f"Expected landmarks of {num_scans} scan{'s' if num_scans > 1 else ''} (got of "
+            f"{len(known.position)})"
+        )
+    if motion != "none" and known.mapping.num_target < 3:
+        raise ValueError(
+            f"Expected at least three landmarks to start from (got {known.mapping.num_target})"
+        )
+    pairs = zip(known.position.split(1), known.weight.split(1), strict=True)
+    return [[known._replace(position=position, weight=weight)] for position, weight in pairs]
+
+
+def _stacked(fits: list[Fit]) -> Fit:
+    residuals = [fit.residuals for fit in fits]
+    others = [name for name in Fit._fields if name != "residuals"]
+    return Fit(
+        residuals=pad_sequence(residuals, batch_first=True, padding_value=torch.nan),
+        **{name: torch.stack([getattr(fit, name) for fit in fits]) for name in others},
+    )
 
 
 def _check_settings(noise: float, max_iterations: int) -> None:

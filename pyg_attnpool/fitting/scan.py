@@ -26,6 +26,7 @@ from pyg_attnpool.fitting.solver import (
     joined,
     least_squares,
     levenberg_marquardt,
+    likely,
     linearised,
     no_motion,
     procrustes,
@@ -48,7 +49,6 @@ FIRST_NOISE = 3  # that a fit expects, relative to the median distance of the me
 LESS_NOISE = 0.3  # than before, once steps are small
 MOST_STEPS = 5  # until a fit expects less noise
 TRIAL_STEPS = 10  # of the shape, after which the best start is chosen
-FAR = 10  # standard deviations of a code from the mean that explains nothing any more
 FACING = 0.3  # cosine between normals below which points are no pair
 TANGENTIAL = 0.1  # weight of a distance along the surface, relative to one across it
 
@@ -94,12 +94,12 @@ def fit_scan(
         best.run(max_iterations - trial, bar)
     mesh, code = decoded(decoder, best.state)
     distance = closest_points(scan.points, as_array(mesh[0, :, :3].double()), matching.faces)[2]
-    likely = bool((best.state.w.abs() < FAR).all())
     explained = bool(np.median(distance) < 5 * noise)
     rotation, translation, scale = (x[0] for x in best.state.motion.to(mesh))
     residuals = torch.from_numpy(1000 * distance).to(mesh)
-    converged = torch.tensor(best.converged and explained and likely, device=mesh.device)
-    return Fit(mesh[0], code[0], rotation, translation, scale, residuals, converged)
+    converged = best.converged and explained and bool(likely(best.state.w))
+    ended = torch.tensor(converged, device=mesh.device)
+    return Fit(mesh[0], code[0], rotation, translation, scale, residuals, ended)
 
 
 class _Descent:

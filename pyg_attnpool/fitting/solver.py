@@ -7,7 +7,8 @@ differences takes less time than the backward passes of a few vertices.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ MESHES = 16  # meshes fitted at a time
 TOLERANCE = 1e-4  # a relative decrease of the objective that is small
 POOR = 2  # times the noise: residuals of a fit that is tried again from elsewhere
 SAMPLES, RESTARTS = 64, 3  # codes of the prior that are looked at, and that a fit starts from
+FAR = 10  # standard deviations of a code from the mean that explains nothing any more
 
 
 class Fit(NamedTuple):
@@ -58,8 +60,8 @@ class Fit(NamedTuple):
     r"""The distance in millimetres of every observed point to where the mesh has it, NaN where the
     weight is zero; of a scan, to the surface of the mesh."""
     converged: Tensor
-    r"""Whether the last step was small and, of a scan, most of it is explained by a code within ten
-    standard deviations of those of the training meshes."""
+    r"""Whether the last step was small and, but for an edit, the code is within ten standard
+    deviations of those of the training meshes; of a scan, whether it explains most of it, too."""
 
 
 class Motion(NamedTuple):
@@ -129,10 +131,23 @@ class Decoder:
     \mathbf{z}_0 + \mathbf{A} \mathbf{w}`, where the codes of the training meshes have the
     covariance :math:`\mathbf{A} \mathbf{A}^{\top}`. The prior of :math:`\mathbf{w}` is its squared
     length, and a dimension of the latent code that no training mesh uses is none of
-    :math:`\mathbf{w}`."""
+    :math:`\mathbf{w}`.
 
-    def __init__(self, model: MorphableModel, origin: Tensor | None = None):
+    Args:
+        model (MorphableModel): The model.
+        origin (torch.Tensor, optional): The code :math:`\mathbf{z}_0`. If :obj:`None`, the mean of
+            those of the training meshes. (default: :obj:`None`)
+        vertices (torch.Tensor, optional): The vertices :obj:`[N]` that are asked for. If
+            :obj:`None`, all of them. (default: :obj:`None`)
+    """
+
+    def __init__(
+        self, model: MorphableModel, origin: Tensor | None = None, vertices: Tensor | None = None
+    ):
         self.model = model
+        rows = slice(None) if vertices is None else vertices
+        self.mean, self.std = (x[rows, :3].double() for x in (model.mean, model.std))
+        self._decode = _decode_at(model.autoencoder, rows)
         axes = latent_axes(model)
         self.axes = axes[:, axes.square().sum(dim=0) > 0].double()
         self.origin = (model.latent_mean if origin is None else origin).double()
@@ -147,12 +162,10 @@ class Decoder:
 
     def vertices(self, w: Tensor) -> Tensor:
         # Coordinates [B, N, 3] in double precision, for w [B, size].
-        return self._from_mean(self.code(w)) + self.model.mean[:, :3].double()
+        return self._from_mean(self.code(w)) + self.mean
 
     def _from_mean(self, z: Tensor) -> Tensor:
-        decode = self.model.autoencoder.decode
-        out = torch.cat([decode(part)[..., :3].double() for part in z.split(BLOCK)])
-        return self.model.std[:, :3].double() * out
+        return self.std * torch.cat([self._decode(part).double() for part in z.split(BLOCK)])
 
     def __call__(self, w: Tensor) -> Tensor:
         # Coordinates and derivatives [B, N, 3, 1 + size] in double precision, for w [B, size].
@@ -163,8 +176,22 @@ class Decoder:
         out = self._from_mean(z)
         out = out.view(len(w), -1, *out.shape[1:]).movedim(1, -1)
         x, up, down = out.split([1, self.size, self.size], dim=-1)
-        x = x + self.model.mean[:, :3].double().unsqueeze(-1)
+        x = x + self.mean.unsqueeze(-1)
         return torch.cat([x, (up - down) / (2 * self.step)], dim=-1)
+
+
+def _decode_at(network: Any, rows: Tensor | slice) -> Callable[[Tensor], Tensor]:
+    # Coordinates of some vertices, by the network's own way to decode these alone where it has one.
+    # A class derived from it may decode otherwise.
+    owner = {
+        name: next((c for c in type(network).__mro__ if name in vars(c)), None)
+        for name in ("decode", "decode_at")
+    }
+    if isinstance(rows, Tensor) and owner["decode"] is owner["decode_at"]:
+        if "decode" not in vars(network):
+            some = network.decode_at(rows)
+            return lambda z: some(z)[..., :3]
+    return lambda z: network.decode(z)[:, rows, :3]
 
 
 class State(NamedTuple):
@@ -270,24 +297,30 @@ def _where(mask: Tensor, a: State, b: State) -> State:
     return State(_choose(mask, a.w, b.w), Motion(*motion))
 
 
+def likely(w: Tensor) -> Tensor:
+    r"""Whether white codes :obj:`[B, size]` are within reach of those of the training meshes."""
+    return (w.abs() < FAR).all(dim=1)
+
+
 def fit_points(
-    decoder: Decoder,
+    model: MorphableModel,
+    origin: Tensor | None,
     known: list[Points],
     motion: MotionKind,
     noise: float,
     max_iterations: int,
-    again: bool,
 ) -> Fit:
-    r"""One fit per mesh of the batch, from the mean on, and where that explains little and
-    :obj:`again` says so, from other codes of the prior too. The residuals are those of the first
-    points."""
+    r"""One fit per mesh of the batch: of observations from the mean code on and, where that leaves
+    much, from other codes of the prior; of an edit from its origin on. The residuals are those of
+    the first points."""
     size = max(len(points.position) for points in known)
     for points in known:
         if len(points.position) not in (1, size):
             raise ValueError(
                 f"Expected observations of one or {size} meshes (got {len(points.position)})"
             )
-    every = joined(known, size, noise)
+    every, vertices = _seen(joined(known, size, noise))
+    decoder = Decoder(model, origin, vertices)
     seen = (every.weight > 0).sum(dim=1).min().item()
     if motion != "none" and seen < 3:
         raise ValueError(f"Expected at least three points for a motion (got {seen})")
@@ -298,7 +331,7 @@ def fit_points(
         mean = decoder.vertices(w[:1]).expand(len(w), -1, -1)
         start = State(w, _closest_motion(part, mean, motion))
         found = levenberg_marquardt(decoder, part, start, FREEDOM[motion], max_iterations)
-        if again:
+        if origin is None:
             found = _restarted(decoder, part, found, motion, noise, max_iterations)
         parts.append(found)
     states, converged = zip(*parts, strict=True)
@@ -309,9 +342,20 @@ def fit_points(
     at = first.mapping @ mesh[..., :3].double()
     residuals = vertex_distances(at, first.position)
     residuals = residuals.masked_fill(first.weight == 0, torch.nan)
-    pose = pose.to(mesh)
-    fit = Fit(mesh, code, *pose, residuals.to(mesh), torch.cat(converged))
+    ended = torch.cat(converged)
+    if origin is None:
+        ended = ended & likely(w)
+    fit = Fit(mesh, code, *pose.to(mesh), residuals.to(mesh), ended)
     return Fit(*[x[0] for x in fit]) if all(points.single for points in known) else fit
+
+
+def _seen(points: Points) -> tuple[Points, Tensor]:
+    # The points that count, by the vertices that they lie on: the others need not be decoded.
+    counts = (points.weight > 0).any(dim=0)
+    index, slots = points.mapping.index[counts], points.mapping.weight[counts]
+    vertices, index = index.unique(return_inverse=True)
+    mapping = Mapping(index.view_as(slots), slots, len(vertices))
+    return Points(mapping, points.position[:, counts], points.weight[:, counts], False), vertices
 
 
 def _closest_motion(points: Points, x: Tensor, motion: MotionKind) -> Motion:

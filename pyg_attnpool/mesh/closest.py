@@ -1,7 +1,12 @@
 r"""Closest points on a triangle mesh, exactly."""
 
+from collections.abc import Iterator
+
 import numpy as np
+import torch
 from numpy import ndarray
+
+from pyg_attnpool.ops._cpu import AVAILABLE, call
 
 CHUNK = 1 << 14  # points searched at a time
 PAIRS = 1 << 17  # of a point and a face, measured at a time
@@ -58,18 +63,53 @@ def closest_points(
 ) -> tuple[ndarray, ndarray, ndarray]:
     r"""The face :obj:`[M]` that is closest to every point :obj:`[M, 3]`, the barycentric weights
     :obj:`[M, 3]` of the closest point on it, and the distance :obj:`[M]`. Of equally close faces
-    the first is taken.
-
-    A face is worth measuring if its box reaches into the sphere around the point that touches the
-    closest vertex. Faces of like size share a k-d tree of their centres. Memory is that of a fixed
-    number of pairs, or of all faces for one point.
+    the first is taken. Memory is that of a fixed number of pairs, or of all faces for one point.
     """
-    from scipy.spatial import cKDTree
-
+    if not (np.isfinite(points).all() and np.isfinite(vertices).all()):
+        raise ValueError("Expected finite points and vertices (got NaN or infinity)")
     # Of a size whose fourth powers are numbers, by a power of two, which rounds nothing.
     _, exponent = np.frexp(max(np.abs(points).max(initial=0), np.abs(vertices).max()))
     scale = 2.0 ** np.clip(-256 * np.round(exponent / 256), -1000, 1000)
     points, vertices = scale * points, scale * vertices
+    corners = vertices[faces]
+    face = np.empty(len(points), dtype=np.int64)
+    weight, distance = np.empty((len(points), 3)), np.empty(len(points))
+    for rows, at, hit in (_by_tree if AVAILABLE else _by_centres)(points, vertices, faces):
+        found, square = closest_on_triangles(points[at], *corners[hit].swapaxes(0, 1))
+        order = np.lexsort((hit, square, at))
+        best = order[np.searchsorted(at[order], rows)]
+        face[rows], weight[rows], distance[rows] = hit[best], found[best], np.sqrt(square[best])
+    return face, weight, distance / scale
+
+
+Candidates = Iterator[tuple[ndarray, ndarray, ndarray]]
+
+
+def _by_tree(points: ndarray, vertices: ndarray, faces: ndarray) -> Candidates:
+    # Points, and pairs of these with the faces that may be closest. A compiled tree of boxes finds
+    # those which are, up to rounding.
+    room = max(len(faces), PAIRS)
+    row, face = (torch.empty(room, dtype=torch.long) for _ in range(2))
+    every, x, triangles = (
+        torch.from_numpy(np.ascontiguousarray(array))
+        for array in (points, vertices, faces.astype(np.int64))
+    )
+    found, start = torch.empty(2, dtype=torch.long), 0
+    while start < len(points):
+        sizes = len(points) - start, len(x), len(triangles), room
+        call("near_faces", *sizes, every[start:], x, triangles, row, face, found)
+        done, pairs = found.tolist()
+        at = start + row[:pairs].numpy()
+        yield np.arange(start, start + done), at, face[:pairs].numpy()
+        start += done
+
+
+def _by_centres(points: ndarray, vertices: ndarray, faces: ndarray) -> Candidates:
+    # The same without the compiled library. A face is worth measuring if its box reaches into the
+    # sphere around the point that touches the closest vertex. Faces of like size share a k-d tree
+    # of their centres.
+    from scipy.spatial import cKDTree
+
     corners = vertices[faces]
     low, high = corners.min(axis=1), corners.max(axis=1)
     centre = corners.mean(axis=1)
@@ -78,9 +118,6 @@ def closest_points(
     groups = [np.flatnonzero(octave == o) for o in np.unique(octave)]
     trees = [(group, cKDTree(centre[group]), radius[group].max()) for group in groups]
     used = cKDTree(vertices[np.unique(faces)])
-
-    face = np.empty(len(points), dtype=np.int64)
-    weight, distance = np.empty((len(points), 3)), np.empty(len(points))
     for start in range(0, len(points), CHUNK):
         chunk = points[start : start + CHUNK]
         # A little more, so that rounding leaves no face out.
@@ -98,13 +135,7 @@ def closest_points(
             at, hit = (np.concatenate(parts) for parts in zip(*pairs, strict=True))
             gap = np.maximum(np.maximum(low[hit] - chunk[at], chunk[at] - high[hit]), 0)
             near = _dot(gap, gap) <= reach[at] ** 2
-            at, hit = at[near], hit[near]
-            found, square = closest_on_triangles(chunk[at], *corners[hit].swapaxes(0, 1))
-            order = np.lexsort((hit, square, at))
-            best = order[np.searchsorted(at[order], rows)]
-            out = start + rows
-            face[out], weight[out], distance[out] = hit[best], found[best], np.sqrt(square[best])
-    return face, weight, distance / scale
+            yield start + rows, start + at[near], hit[near]
 
 
 def closest_on_triangles(p: ndarray, a: ndarray, b: ndarray, c: ndarray) -> tuple[ndarray, ndarray]:

@@ -342,6 +342,12 @@ class ModalAutoencoder(Module):
         x = self.linear.decode(c[:, :latent])
         return x + self._unpooled(self.modes.decode(c[:, latent:]))
 
+    def decode_at(self, vertices: Tensor) -> Callable[[Tensor], Tensor]:
+        r"""A :meth:`decode` of some vertices :obj:`[V]` alone, to :obj:`[B, V, C]`, in a part of
+        its time."""
+        basis, mean = self._basis()[:, vertices], self.linear.mean[vertices]
+        return lambda z: mean + torch.einsum("bl,lvc->bvc", self._bent(z), basis)
+
     def _bent(self, z: Tensor) -> Tensor:
         # Codes to coefficients of all components.
         latent, bent = self.latent_channels, self.from_code(z) * self._balance()

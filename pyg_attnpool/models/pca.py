@@ -111,6 +111,11 @@ class PCA(torch.nn.Module):
         r"""Coefficients :obj:`[B, latent_channels]` to meshes :obj:`[B, N, C]`."""
         return self.mean + torch.einsum("bl,lnc->bnc", z, self.components)
 
+    def decode_at(self, vertices: Tensor) -> Callable[[Tensor], Tensor]:
+        r"""A :meth:`decode` of some vertices :obj:`[V]` alone, to :obj:`[B, V, C]`."""
+        mean, components = self.mean[vertices], self.components[:, vertices]
+        return lambda z: mean + torch.einsum("bl,lvc->bvc", z, components)
+
     def forward(self, x: Tensor) -> Tensor:
         r"""Projects meshes :obj:`[B, N, C]` to the span of the components."""
         return self.decode(self.encode(x))

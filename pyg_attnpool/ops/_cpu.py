@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-VERSION = 7  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
+VERSION = 8  # that of csrc/sparse.cpp: raised in both with every change of a function's arguments
 SERIAL = 1 << 15  # that of csrc/simd.h
 DTYPES = {torch.float32: "float", torch.float64: "double"}
 
@@ -119,6 +119,11 @@ UNTYPED: dict[str, Signature] = {
     "transpose_pattern": (
         [SIZE, SIZE, SIZE, *[INDEX] * 5],
         lambda M, N, E: (M + 1, E, N + 1, E, E),
+    ),
+    # M, N, F, room, points, vertices, faces, row, face, found
+    "near_faces": (
+        [*[SIZE] * 4, DOUBLE, DOUBLE, *[INDEX] * 4],
+        lambda M, N, F, room: (3 * M, 3 * N, 3 * F, room, room, 2),
     ),
 }
 

@@ -19,11 +19,18 @@ MESHES = {
 }
 
 
+@pytest.fixture(params=[True, False], ids=["compiled", "numpy"])
+def way(request, monkeypatch):
+    if request.param and not closest.AVAILABLE:
+        pytest.skip("no compiled library")
+    monkeypatch.setattr(closest, "AVAILABLE", request.param)
+
+
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize(
     "chunk, pairs", [(1 << 14, 1 << 17), (37, 1 << 17), (1 << 14, 50), (37, 1)]
 )
-def test_closest_points_are_those_of_brute_force(monkeypatch, name, chunk, pairs):
+def test_closest_points_are_those_of_brute_force(way, monkeypatch, name, chunk, pairs):
     monkeypatch.setattr(closest, "CHUNK", chunk)
     monkeypatch.setattr(closest, "PAIRS", pairs)
     vertices, faces = MESHES[name]
@@ -37,7 +44,7 @@ def test_closest_points_are_those_of_brute_force(monkeypatch, name, chunk, pairs
     np.testing.assert_allclose(distance, closest_distance(points, vertices, faces), atol=1e-13)
 
 
-def test_points_of_the_surface_map_to_themselves():
+def test_points_of_the_surface_map_to_themselves(way):
     vertices, faces = blob(2, seed=5)
     weight = np.random.default_rng(1).dirichlet([1, 1, 1], size=len(faces))
     points = np.concatenate([surface_points(faces, weight, vertices), vertices])
@@ -45,6 +52,24 @@ def test_points_of_the_surface_map_to_themselves():
     np.testing.assert_allclose(surface_points(index, got, vertices), points, atol=1e-14)
     np.testing.assert_array_equal(index[: len(faces)], faces)
     np.testing.assert_allclose(got[: len(faces)], weight, atol=1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 3.0])
+def test_both_ways_choose_the_same_faces(monkeypatch, spread):
+    # Corners and edges are as close as any to several faces, of which some are degenerate or twice
+    # there.
+    vertices, faces = MESHES["sizes"]
+    flat = np.stack([faces[:40, 0], faces[:40, 1], faces[:40, 1]], axis=1)
+    faces = np.concatenate([faces, flat, faces[100:120]])
+    rng = np.random.default_rng(0)
+    points = np.concatenate([vertices, vertices[faces[:, :2]].mean(axis=1)])
+    points += spread * rng.normal(size=points.shape)
+    found = []
+    for compiled in (closest.AVAILABLE, False):
+        monkeypatch.setattr(closest, "AVAILABLE", compiled)
+        found.append(closest.closest_points(points, vertices, faces))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_degenerate_triangle_is_its_edges():
@@ -55,7 +80,7 @@ def test_degenerate_triangle_is_its_edges():
 
 
 @pytest.mark.slow
-def test_fan_takes_little_memory():
+def test_fan_takes_little_memory(way):
     # Every face of a fan is near every point.
     n = 4000
     angle = np.arange(n) * 2 * np.pi / n
@@ -84,10 +109,12 @@ def test_bad_arguments_are_named():
     with pytest.raises(ValueError, match="got 0 faces"):
         barycentric_mapping(vertices, vertices, faces[:0])
     assert barycentric_mapping(vertices[:0], vertices, faces)[0].shape == (0, 3)
+    with pytest.raises(ValueError, match="finite points and vertices"):
+        closest.closest_points(np.full((2, 3), np.nan), vertices, faces)
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e-120, 1e120, 1e300])
-def test_sizes_whose_squares_are_no_numbers(size):
+def test_sizes_whose_squares_are_no_numbers(way, size):
     vertices, faces = icosphere(1)
     points = np.random.default_rng(0).normal(size=(20, 3))
     wanted = barycentric_mapping(points, vertices, faces)
