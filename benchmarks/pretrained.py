@@ -11,7 +11,7 @@ from pyg_attnpool import MorphableModel
 from pyg_attnpool.models.hub import OWN
 from pyg_attnpool.training import epochs_for, quiet_lightning
 
-LICENCE = "CC0, as the data of MakeHuman that Anny makes the meshes of"
+LICENSE = "cc0-1.0"  # as the data of MakeHuman that Anny makes the meshes of
 SHOWN = ("mean", "std", "median")
 
 
@@ -61,8 +61,8 @@ def main(
                 "test error of PCA (mm)": {key: float(f"{linear[key]:.4g}") for key in SHOWN},
             }
             model.summary |= {
-                "data": f"{kind} of benchmarks.peers.data, {len(test)} test meshes",
-                "licence": LICENCE,
+                "data": f"Anny{kind.capitalize()}, made by this package; {len(test)} test meshes",
+                "license": LICENSE,
                 "made by": f"python -m benchmarks.pretrained --data {kind} --latent {size}",
                 **tested,
             }

@@ -2,8 +2,9 @@ r"""The model card: what a folder of a model tells people, and Hugging Face show
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch.nn import Module
 
@@ -29,12 +30,14 @@ def card(model: MorphableModel, name: str) -> str:
         "latent size": str(model.latent_channels),
         "parameters": f"{num_parameters:,}",
         "unit of mesh files": model.unit,
-        **{key.replace("_", " "): str(value) for key, value in model.summary.items()},
+        **{key.replace("_", " "): _told(value) for key, value in model.summary.items()},
     }
+    known = str(model.summary.get("license", ""))  # an identifier, as Hugging Face has it
+    license = f"license: {known}\n" if re.fullmatch(r"[a-z0-9][a-z0-9.-]*", known) else ""
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: pyg_attnpool
-tags:
+{license}tags:
 - 3d
 - mesh
 - morphable-model
@@ -56,6 +59,12 @@ meshes = model.decode(model.latent_mean.unsqueeze(0))       # [1, N, {model.in_c
 model.write_mesh("mean.ply", meshes[0])
 ```
 """
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return str(value)
 
 
 def _architecture(autoencoder: Module) -> str:

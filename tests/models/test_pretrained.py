@@ -24,7 +24,7 @@ def test_each_is_whole_small_and_says_where_it_comes_from(name, tmp_path, monkey
     for mesh in (*model.decode(model.latent_mean[None]), *model.sample(3)):
         assert 0.5 * size < (mesh.amax(0) - mesh.amin(0)).norm() < 1.5 * size
     card = (OWN / name / "README.md").read_text()
-    assert "CC0" in card and "python -m benchmarks.pretrained" in card
+    assert "\nlicense: cc0-1.0\n" in card and "python -m benchmarks.pretrained" in card
     config = json.loads((OWN / name / "config.json").read_text())
     ours, linear = (config["training"][f"test error{of} (mm)"]["mean"] for of in ("", " of PCA"))
     assert ours < linear

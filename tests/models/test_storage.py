@@ -383,9 +383,15 @@ def test_folders_of_before_are_refused_with_a_way_out(tmp_path):
 
 def test_the_card_says_what_it_is_and_may_be_edited(tmp_path, hierarchy):
     model = make_model(hierarchy, unit="mm").freeze()
-    model.summary = {"validation error (mm)": 1.25}
+    model.summary = {"validation error (mm)": 1.25, "test error (mm)": {"mean": 2.5}}
     model.save(tmp_path)
     card = (tmp_path / "README.md").read_text()
+    assert "license:" not in card and "| test error (mm) | mean 2.5 |" in card
+    for name, shown in (("apache-2.0", True), ("mine\ntags: []", False)):
+        model.summary["license"] = name
+        model.save(tmp_path / "licensed")
+        front = (tmp_path / "licensed" / "README.md").read_text().split("---")[1]
+        assert (f"\nlicense: {name}\n" in front) == shown and front.count("tags:") == 1
     assert card.startswith("---\nlibrary_name: pyg_attnpool\n")
     assert "aggregation attention, frozen" in card and "| validation error (mm) | 1.25 |" in card
     assert f"| vertices, faces | {model.num_vertices:,}, {len(model.faces):,} |" in card
