@@ -81,6 +81,7 @@ def main(options: Options):
     truth, ends = transfers(dataset, names, options)
 
     rows = []
+    truly = float(np.mean([crossing(x, dataset.face.t()) for x in sequences[:4, 0]]))
     for pool, model in models.items():
         row = {"model": pool, "reconstruction": model.evaluate(test)["mean"]}
         row["interpolation"], row["straight line"] = interpolation(model, sequences)
@@ -99,13 +100,11 @@ def main(options: Options):
             row[f"crossing at {alpha:g}"] = float(
                 np.mean([crossing(x, model.faces) for x in meshes[:4]])
             )
-        rows.append(row)
-    baseline = float(np.mean([crossing(x, dataset.face.t()) for x in sequences[:4, 0]]))
+        rows.append(row | {"crossing in truth": truly})
 
     print(f"\n{options.data}: {len(sequences)} unseen sequences; errors in mm\n")
     for name in list(rows[0])[1:]:
         print(f"{name:24}" + "".join(f"{row['model']:>12} {row[name]:9.3f}" for row in rows))
-    print(f"{'crossing in truth':24}{baseline:22.3f}")
     with (
         replacing(output / "results.csv") as path,
         open(path, "w", newline="", encoding="utf-8") as file,
