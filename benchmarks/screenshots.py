@@ -28,22 +28,30 @@ def main(
         output: Folder of the pictures.
     """
     with chromium() as browser, TemporaryDirectory() as folder:
-        view = {"width": 1200, "height": 760}
-        page = browser.new_page(viewport=view, color_scheme="light", reduced_motion="reduce")
         path = Path(folder) / "faces.html"
         model = MorphableModel.from_pretrained("faces")
         model.export(path)
         code = model.latent_mean + model.latent_std * torch.tensor(DEVIATIONS)
-        for name, source in (("page", path), ("report", report.resolve())):
+        for name, source, width, height in (
+            ("page", path, 1200, 760),
+            ("page-dark", path, 390, 844),
+            ("report", report.resolve(), 1200, 760),
+        ):
+            page = browser.new_page(
+                viewport={"width": width, "height": height},
+                color_scheme="dark" if name.endswith("dark") else "light",
+                reduced_motion="reduce",
+            )
             page.goto(source.as_uri())
             page.wait_for_function("(window.viewer ?? window.report) !== undefined")
-            if name == "page":
+            if source == path:
                 page.evaluate("code => viewer.setCode(code)", code.tolist())
             else:
                 page.evaluate("document.querySelector('#maps').scrollIntoView()")
             page.wait_for_timeout(1000)  # until meshes are drawn
             with replacing(output / f"{name}.png") as temporary:
                 temporary.write_bytes(page.screenshot(type="png"))
+            page.close()
 
 
 if __name__ == "__main__":

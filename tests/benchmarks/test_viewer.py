@@ -45,8 +45,9 @@ def test_screenshots_show_the_pages(tmp_path):
     model = MorphableModel.pca(template, 2).fit(x)
     write_report(tmp_path / "report.html", {"PCA": model}, x)
     call("benchmarks.screenshots", tmp_path / "report.html", "--output", tmp_path)
-    for name in ("page", "report"):
+    sizes = {"page": (760, 1200), "page-dark": (844, 390), "report": (760, 1200)}
+    for name, size in sizes.items():
         picture = imread(tmp_path / f"{name}.png")
-        assert picture.shape[:2] == (760, 1200)
+        assert picture.shape[:2] == size
         # A mesh is shaded, where a page without one has few colours.
         assert len(np.unique(picture[..., 0])) > 100

@@ -314,6 +314,58 @@ def test_keys(browser, tmp_path, models):
         page.wait_for_function("viewer.playing")
 
 
+def test_fingers(browser, tmp_path, models):
+    model = models["pca"]
+    model.export(tmp_path / "page.html")
+    phone = dict(viewport=dict(width=390, height=844), is_mobile=True, has_touch=True)
+    with opened(browser, tmp_path / "page.html", **phone) as page:
+        session = page.context.new_cdp_session(page)
+
+        def move(*fingers):
+            # Every finger goes from one point to another.
+            for t in (0, 0.25, 0.5, 0.75, 1):
+                points = [np.add(a, t * np.subtract(b, a)).tolist() for a, b in fingers]
+                points = [{"id": i, "x": x, "y": y} for i, (x, y) in enumerate(points)]
+                event = {"type": "touchMove" if t else "touchStart", "touchPoints": points}
+                session.send("Input.dispatchTouchEvent", event)
+            session.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+
+        def camera():
+            # Angle around the mesh, height above it, distance.
+            page.wait_for_function("!viewer.stage.due")
+            position, target = page.evaluate(
+                "[viewer.stage.camera.position, viewer.stage.controls.target].map(v => [...v])"
+            )
+            x, y, z = np.subtract(position, target)
+            return np.arctan2(x, z), y, np.hypot(np.hypot(x, y), z)
+
+        height = page.locator("#canvas").bounding_box()["height"]
+        angle, above, far = camera()
+        move([(200, 250), (120, 250)])  # the height of the canvas is one turn
+        angle += 2 * np.pi * 80 / height
+        np.testing.assert_allclose(camera(), (angle, above, far), rtol=1e-2)
+        move([(200, 200), (200, 280)])
+        tilted = camera()
+        assert tilted[1] > 2 * above and tilted[2] == pytest.approx(far)
+        move([(170, 250), (140, 250)], [(230, 250), (260, 250)])
+        np.testing.assert_allclose(camera(), (angle, tilted[1] / 2, far / 2), rtol=1e-2)
+        # The page itself has neither scrolled nor been magnified.
+        assert page.evaluate("[scrollY, visualViewport.scale]") == [0, 1]
+
+        slider = page.locator(".slider input").first
+        box = slider.bounding_box()
+        x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+        move([(x, y), (x + box["width"] / 4, y)])
+        code, vertices = shown(page)
+        assert float(slider.input_value()) == pytest.approx(1.5, abs=0.2)
+        check_vertices(model, code, vertices)
+        assert (code[0] - model.latent_mean).abs().max() > 0
+        # Along the slider a finger sets it, across it scrolls to the controls further down.
+        move([(x, y), (x, y - 200)])
+        page.wait_for_function("scrollY > 100")
+        assert torch.equal(shown(page)[0], code)
+
+
 @pytest.mark.parametrize("viewport", [(1200, 800), (390, 844)], ids=["wide", "narrow"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_light_and_dark_wide_and_narrow(browser, tmp_path, models, scheme, viewport):
@@ -327,12 +379,19 @@ def test_light_and_dark_wide_and_narrow(browser, tmp_path, models, scheme, viewp
         # Nothing has to be scrolled sideways.
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         box = page.locator("#canvas").bounding_box()
+        # The icons are read in front of the mesh too: W3C asks for a contrast of 3.
+        page.evaluate("viewer.stage.zoom(0.3)")
+        page.wait_for_function("!viewer.stage.due")
+        page.locator("#help").screenshot(path=tmp_path / "icon.png")
         page.keyboard.press("d")
         other = page.evaluate("document.documentElement.dataset.theme")
     assert other == {"light": "dark", "dark": "light"}[scheme]
     pixels = np.asarray(image.open(tmp_path / "page.png").convert("RGB")).astype(float)
     corner = pixels[int(box["y"]) + 5, int(box["x"]) + 5]
     assert (corner.mean() > 128) == (scheme == "light")
+    values = np.asarray(image.open(tmp_path / "icon.png").convert("L")) / 255
+    low, high = np.quantile(values**2.2, (0.02, 0.98))
+    assert (high + 0.05) / (low + 0.05) > 3
     # The mesh stands in the middle of its stage.
     x, y = int(box["x"] + box["width"] / 2), int(box["y"] + box["height"] / 2)
     assert np.abs(pixels[y - 40 : y + 40, x - 40 : x + 40] - corner).max() > 40

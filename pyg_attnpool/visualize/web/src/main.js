@@ -20,7 +20,7 @@ class Viewer {
     this.faces = model.faces.data;
     const { mean, std, moved } = model.latent;
     this.code = Float64Array.from(mean);
-    // On a small stage the legend stands above the mesh.
+    // On a small stage tools and legend need room above and below the mesh.
     const margin = () => ($("canvas").clientHeight < 520 ? 1.45 : 1.22);
     this.stage = new Stage($("canvas"), this.faces, decoder.numVertices, margin);
     this.meshes = model.meshes.map((mesh) => ({ ...mesh, code: Float64Array.from(mesh.code) }));
@@ -38,6 +38,7 @@ class Viewer {
     this.text();
     this.makeSliders();
     this.makePath();
+    this.makeScrolling();
     this.makeColours();
     this.makeSave();
     this.makeTools();
@@ -185,6 +186,23 @@ class Viewer {
     $("play").onclick = () => (this.playing ? this.pause() : this.play());
     $("keep").onclick = () => this.keep();
     fill($("between"), 0, 0);
+  }
+
+  // A finger that scrolls the page first moves the slider under it: this is taken back.
+  makeScrolling() {
+    let code, t;
+    $("panel").addEventListener("pointerdown", () => {
+      code = this.code.slice();
+      t = $("between").value;
+    });
+    $("panel").addEventListener("pointercancel", (event) => {
+      if (event.target.type !== "range") return;
+      cancelAnimationFrame(this.waiting);
+      this.waiting = null;
+      $("between").value = t;
+      fill($("between"), 0, t);
+      this.setCode(code, "between");
+    });
   }
 
   chosen(id) {
