@@ -165,12 +165,12 @@ def edit(
 
     .. math::
         \min_{\mathbf{z}} \; \frac{1}{\sigma^2} \left( \sum_{i} \left\| \mathbf{x}_i(\mathbf{z}) -
-        \mathbf{y}_i \right\|^2 + \frac{m}{\sum_j w_j} \sum_j w_j \left\| \mathbf{x}_j(\mathbf{z}) -
+        \mathbf{y}_i \right\|^2 + \frac{m}{n} \sum_j w_j \left\| \mathbf{x}_j(\mathbf{z}) -
         \mathbf{x}_j(\mathbf{z}_0) \right\|^2 \right) + (\mathbf{z} - \mathbf{z}_0)^{\top}
         \mathbf{\Sigma}_z^{-1} (\mathbf{z} - \mathbf{z}_0)
 
-    for :math:`m` targets :math:`\mathbf{y}_i`, the code :math:`\mathbf{z}_0` of the mesh and the
-    covariance of the codes of the training meshes.
+    for :math:`m` targets :math:`\mathbf{y}_i`, the :math:`n` vertices that have a weight, the code
+    :math:`\mathbf{z}_0` of the mesh and the covariance of the codes of the training meshes.
 
     Args:
         model (MorphableModel): The model.
