@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from numpy import ndarray
 from torch import Tensor
 
+from pyg_attnpool.arguments import as_floats, as_integer
 from pyg_attnpool.metrics import evaluating
 from pyg_attnpool.units import one_warning
 
@@ -40,7 +40,7 @@ def interpolate(model: MorphableModel, a: Any, b: Any, steps: int) -> Tensor:
         Meshes :obj:`[steps, N, C]` in metres, of a batch :obj:`[B, steps, N, C]`.
 
     Raises:
-        TypeError: If something is no floating point tensor or array.
+        TypeError: If something is no floating point tensor or array, or :obj:`steps` no integer.
         ValueError: If there are fewer than two steps, a shape does not fit, or a number is not
             finite.
 
@@ -48,8 +48,7 @@ def interpolate(model: MorphableModel, a: Any, b: Any, steps: int) -> Tensor:
         >>> model.interpolate(meshes[0], meshes[1], steps=5).shape
         torch.Size([5, 642, 3])
     """
-    if not isinstance(steps, int) or steps < 2:
-        raise ValueError(f"Expected 'steps' to be an integer of at least 2 (got {steps!r})")
+    steps = as_integer("steps", steps, least=2)
     (za, zb), single = as_codes(model, a=a, b=b)
     t = torch.linspace(0, 1, steps, device=za.device, dtype=za.dtype).view(-1, 1)
     return _decoded(model, (1 - t) * za.unsqueeze(1) + t * zb.unsqueeze(1), single)
@@ -76,17 +75,20 @@ def extrapolate(
         Meshes :obj:`[len(alphas), N, C]` in metres, of a batch :obj:`[B, len(alphas), N, C]`.
 
     Raises:
-        TypeError: If something is no floating point tensor or array.
+        TypeError: If something is no floating point tensor or array, or a factor no number.
         ValueError: If there is no factor, a shape does not fit, or a number is not finite.
 
     Example:
         >>> model.extrapolate(meshes[0], meshes[1], alphas=[-0.5, 1.5]).shape
         torch.Size([2, 642, 3])
     """
-    (zn, zx), single = as_codes(model, neutral=neutral, x=x)
-    alpha = torch.as_tensor(alphas, device=zn.device, dtype=zn.dtype)
+    try:
+        alpha = torch.as_tensor(alphas, dtype=model.mean.dtype, device=model.mean.device)
+    except (OverflowError, RuntimeError, TypeError, ValueError) as e:
+        raise TypeError(f"Expected 'alphas' as a list of numbers (got {alphas!r})") from e
     if alpha.dim() != 1 or len(alpha) == 0 or not torch.isfinite(alpha).all():
         raise ValueError(f"Expected 'alphas' as a list of finite numbers (got {alphas!r})")
+    (zn, zx), single = as_codes(model, neutral=neutral, x=x)
     zn, zx = zn.unsqueeze(1), zx.unsqueeze(1)
     return _decoded(model, zn + alpha.view(-1, 1) * (zx - zn), single)
 
@@ -141,14 +143,16 @@ def sample(model: MorphableModel, n: int, generator: torch.Generator | None = No
         Meshes :obj:`[n, N, C]` in metres.
 
     Raises:
+        TypeError: If :obj:`n` is no integer, or :obj:`generator` none of torch.
         ValueError: If :obj:`n` is not positive.
 
     Example:
         >>> model.sample(4, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([4, 642, 3])
     """
-    if not isinstance(n, int) or n < 1:
-        raise ValueError(f"Expected 'n' to be a positive integer (got {n!r})")
+    n = as_integer("n", n, least=1)
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"Expected a torch.Generator as 'generator' (got {generator!r})")
     device = "cpu" if generator is None else generator.device
     axes = latent_axes(model)
     # Of single precision whatever the model is cast to, so that a seed stands for the same codes.
@@ -194,11 +198,7 @@ def as_codes(model: MorphableModel, **inputs: Any) -> tuple[list[Tensor], bool]:
     codes = {}
     single = True
     for name, x in inputs.items():
-        if isinstance(x, ndarray):
-            x = torch.from_numpy(x)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"Expected '{name}' as a floating point tensor or array (got {got})")
+        x = as_floats(f"'{name}'", x)
         mesh, code = tuple(model.mean.shape), tuple(model.latent_mean.shape)
         shape = tuple(x.shape)
         one = shape in (mesh, code)

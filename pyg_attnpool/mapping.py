@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch_geometric.nn.pool.select import SelectOutput
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.ops.adjacency import pool_adjacency
 from pyg_attnpool.ops.backend import has_version
 from pyg_attnpool.ops.sparse import apply_mapping, fuse_slots
@@ -189,9 +190,12 @@ class Mapping:
         Args:
             batch_size (int, optional): How often the matrix stands along the diagonal, for the
                 graphs of a mini-batch. (default: :obj:`1`)
+
+        Raises:
+            TypeError: If :obj:`batch_size` is no integer.
+            ValueError: If it is not positive.
         """
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"Expected a positive 'batch_size' (got {batch_size})")
+        batch_size = as_integer("batch_size", batch_size, least=1)
         row, col, weight = self._entries()
         if batch_size == 1:
             return row, col, weight

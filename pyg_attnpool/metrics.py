@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyg_attnpool.arguments import as_floats, as_integer
 from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 from pyg_attnpool.units import one_warning, warn_millimetres
 
@@ -36,6 +37,7 @@ def vertex_distances(out: Tensor, x: Tensor) -> Tensor:
         >>> vertex_distances(torch.zeros(1, 1, 3), torch.tensor([[[0.003, 0.0, 0.004]]])).item()
         5.0
     """
+    out, x = as_floats("'out'", out), as_floats("'x'", x)
     return 1000 * (out[..., :3] - x[..., :3]).norm(dim=-1)
 
 
@@ -61,7 +63,8 @@ def reconstruction_error(
         :obj:`features`, the mean absolute error of each further one in its own unit.
 
     Raises:
-        TypeError: If the model has no unit.
+        TypeError: If the model has no unit, or :obj:`batch_size` is no integer.
+        ValueError: If the meshes do not fit the model, or :obj:`batch_size` is not positive.
 
     Example:
         >>> from pyg_attnpool.metrics import reconstruction_error
@@ -109,6 +112,7 @@ def error_quantiles(
         batch_size (int, optional): Meshes reconstructed at a time. (default: :obj:`64`)
 
     Raises:
+        TypeError: If a share is no number.
         ValueError: If a share is not from 0 to 1.
 
     Example:
@@ -117,17 +121,20 @@ def error_quantiles(
         >>> median <= worst
         True
     """
-    if not all(0 <= share <= 1 for share in q):
-        raise ValueError(f"Expected quantiles from 0 to 1 (got {list(q)})")
+    shares = np.asarray(q)
+    if shares.ndim != 1 or (len(shares) > 0 and shares.dtype.kind not in "fiu"):
+        raise TypeError(f"Expected quantiles as a list of numbers (got {q!r})")
+    if not ((shares >= 0) & (shares <= 1)).all():
+        raise ValueError(f"Expected quantiles from 0 to 1 (got {q!r})")
     meshes, ranks = _prepared(model, "meshes", meshes), _Ranks()
     again = _all_distances(model, meshes, batch_size)
     with evaluating(model):
         for d in again():
             ranks.add(d)
-        places = [share * (ranks.count - 1) for share in q]
+        places = [share * (ranks.count - 1) for share in shares.tolist()]
         below, above = [math.floor(place) for place in places], [math.ceil(p) for p in places]
         found = ranks.values(below + above, again)
-    pairs = zip(found[: len(q)], found[len(q) :], places, strict=True)
+    pairs = zip(found[: len(places)], found[len(places) :], places, strict=True)
     return [low + (high - low) * (place % 1) for low, high, place in pairs]
 
 
@@ -256,6 +263,7 @@ def mean_distances(x: Tensor, y: Tensor) -> Tensor:
         >>> mean_distances(torch.zeros(1, 4, 3), torch.full((2, 4, 3), 0.003)).round(decimals=1)
         tensor([[5.2000, 5.2000]])
     """
+    x, y = as_floats("'x'", x), as_floats("'y'", y)
     if x.dim() != 3 or y.dim() != 3 or x.shape[1:] != y.shape[1:] or 0 in (*x.shape, *y.shape):
         raise ValueError(
             f"Expected two sets of meshes of one shape [N, C] (got {list(x.shape)} and "
@@ -352,7 +360,7 @@ def diversity(samples: Tensor) -> float:
         >>> diversity(torch.stack([torch.zeros(5, 3), torch.ones(5, 3)])) / 1000
         1.73205...
     """
-    _at_least_two("samples", samples)
+    samples = _at_least_two("samples", samples)
     n = len(samples)
     return mean_distances(samples, samples).sum().item() / (n * (n - 1))
 
@@ -392,8 +400,7 @@ def nearest_neighbor_accuracy(samples: Tensor, meshes: Tensor) -> float:
         >>> nearest_neighbor_accuracy(x, x + 10), nearest_neighbor_accuracy(x, x + 1e-3)
         (1.0, 0.0)
     """
-    for name, value in (("samples", samples), ("meshes", meshes)):
-        _at_least_two(name, value)
+    samples, meshes = _at_least_two("samples", samples), _at_least_two("meshes", meshes)
     if len(samples) != len(meshes):
         raise ValueError(
             f"Expected as many samples as meshes (got {len(samples)} and {len(meshes)}): the "
@@ -405,9 +412,11 @@ def nearest_neighbor_accuracy(samples: Tensor, meshes: Tensor) -> float:
     return (real[nearest] == real).double().mean().item()
 
 
-def _at_least_two(name: str, x: Tensor) -> None:
-    if len(x) < 2:
-        raise ValueError(f"Expected at least two {name} (got {len(x)})")
+def _at_least_two(name: str, x: Tensor) -> Tensor:
+    x = as_floats(f"'{name}'", x)
+    if x.dim() == 0 or len(x) < 2:
+        raise ValueError(f"Expected at least two {name} (got {len(x) if x.dim() else 'a number'})")
+    return x
 
 
 @torch.no_grad()
@@ -435,8 +444,13 @@ def generation(
     Returns:
         By name :obj:`generalisation`, :obj:`specificity`, :obj:`diversity` and
         :obj:`diversity of test meshes` in millimetres, :obj:`compactness`, the share of the
-        variance along the first principal direction, :obj:`coverage` and
-        :obj:`nearest neighbor accuracy`.
+        variance along the first principal direction (NaN of meshes that do not differ),
+        :obj:`coverage` and :obj:`nearest neighbor accuracy`.
+
+    Raises:
+        TypeError: If :obj:`n` is no integer, or :obj:`generator` none of torch.
+        ValueError: If there are fewer than two samples or test meshes, or meshes do not fit the
+            model.
 
     Example:
         >>> from pyg_attnpool.metrics import generation
@@ -444,7 +458,10 @@ def generation(
         >>> found["compactness"] <= 1
         True
     """
+    n = as_integer("n", n, least=2)
     train, test = _prepared(model, "training meshes", train), _prepared(model, "test meshes", test)
+    if len(test) < 2:
+        raise ValueError(f"Expected at least two test meshes (got {len(test)})")
     n = min(n, len(test))
     device = model.mean.device
     samples = model.sample(n, generator=generator)

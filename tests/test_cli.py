@@ -189,6 +189,58 @@ def test_evaluate_reads_the_features_of_the_model(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["mean"] < 1e-3
 
 
+def strict(text):
+    r"""JSON as the standard has it, without NaN and infinity."""
+
+    def refuse(name):
+        raise AssertionError(f"no JSON: {name}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_what_has_no_value_is_null_and_a_dash(linear, scans, tmp_path, capsys):
+    for name in ("a.ply", "b.ply"):  # one mesh, twice: no direction has any of the variance
+        shutil.copy(scans / "0.ply", tmp_path / name)
+    assert main(["evaluate", str(linear), str(tmp_path), "--json"]) == 0
+    found = strict(capsys.readouterr().out)
+    assert found["compactness"] is None and found["diversity"] > 0
+    assert main(["evaluate", str(linear), str(tmp_path)]) == 0
+    shown = capsys.readouterr()
+    assert re.search(r"compactness +-  of the variance", shown.out) and "nan" not in shown.out
+    assert "Comparing" in shown.err
+    # Of a single mesh the same names, so that a script finds them.
+    assert main(["evaluate", str(linear), str(tmp_path / "a.ply"), "--json"]) == 0
+    one = strict(capsys.readouterr().out)
+    assert one.keys() == found.keys() and one["diversity"] is None
+    assert one["generalisation"] == one["mean"]
+
+
+def test_a_model_of_the_package_goes_by_its_name(linear, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["info", "hands", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert strict(shown.out)["vertices"] == MorphableModel.from_pretrained("hands").num_vertices
+    assert "comes with the package" in shown.err
+    assert main(["view", "hands-32", "--no-open"]) == 0
+    content = read_viewer((tmp_path / "hands-32.html").read_text("utf-8"))
+    assert len(content["latent"]["std"]) == 32 and content["title"] == "hands-32"
+    # "hands/" is a folder, and so is "hands" where there is one.
+    assert main(["info", "hands/"]) == 1
+    shutil.copytree(linear / "model", tmp_path / "hands")
+    capsys.readouterr()
+    assert main(["info", "hands", "--json"]) == 0
+    assert strict(capsys.readouterr().out)["network"] == "PCA"
+
+
+def test_export_says_what_takes_its_time(linear, tmp_path, capsys):
+    path = tmp_path / "model.pt2"
+    assert main(["export", str(linear), str(path)]) == 0
+    shown = capsys.readouterr()
+    assert f"Writing {path}: some seconds" in shown.err and "gives what the model" in shown.out
+    x = stretched([0.095, 0.104, 0.1]).float()[None]
+    torch.testing.assert_close(torch.export.load(path).module()(x), MorphableModel.load(linear)(x))
+
+
 def test_sample_writes_the_models_own_samples(linear, tmp_path, capsys):
     assert main(["sample", str(linear), "-o", str(tmp_path / "new"), "--n", "3"]) == 0
     model = MorphableModel.load(linear / "model")
@@ -423,20 +475,37 @@ SHAPE = ["{scans}/0.ply", "{scans}/1.ply", "{scans}/2.ply"]
     [
         (["train", "nowhere", "-o", "run"], "nowhere"),
         (["train", "empty", "-o", "run"], "empty"),
-        (["train", "{scans}", "-o", "run", "--steps", "0"], "positive steps"),
+        (["train", "{scans}", "-o", "run", "--steps", "0"], "positive '--steps'"),
+        (["train", "{scans}", "-o", "run.pt"], "a folder to write to (got run.pt)"),
+        (["train", "{scans}", "-o", "bad.json"], "a folder to write to (got bad.json)"),
+        # What can be known before is refused before the files are read: these are broken.
+        (["train", "broken", "-o", "run", "--seed", "-5"], "non-negative '--seed' (got -5)"),
+        (["train", "broken", "-o", "run", "--seed", str(2**70)], "'--seed' below"),
+        (
+            ["train", "broken", "-o", "run", "--latent", "100"],
+            "--latent of at most 30, fewer than the 31 meshes",
+        ),
+        (["train", "broken", "-o", "run"], "broken/0.ply"),
+        (["train", "other", "-o", "run"], "meshes for three parts"),
+        (["train", "m.npy", "--template", "plane.ply", "-o", "run", "--latent", "40"], "--latent"),
         (
             ["train", "{scans}", "-o", "run", "--unit", "mm", "--model", "pca", "--latent", "0"],
             "latent",
         ),
-        (["info", "nowhere"], "nowhere"),
+        (
+            ["info", "nowhere"],
+            "the folder of a model, or the name of one that comes with the package",
+        ),
         (["info", "empty"], "config.json"),
         (["info", "later"], "later release"),
         (["evaluate", "{run}", "other"], "vertices"),
         (["evaluate", "{run}", "empty"], "empty"),
         (["evaluate", "{run}", "{scans}", "--train", "other"], "vertices"),
-        (["evaluate", "{run}", "{scans}", "--samples", "1"], "samples"),
+        (["evaluate", "{run}", "{scans}", "--samples", "1"], "at least 2 '--samples'"),
+        (["evaluate", "{run}", "{scans}", "--seed", "-1"], "non-negative '--seed'"),
         (["evaluate", "later", "{scans}"], "later release"),
-        (["export", "{run}", "model.stl"], ".stl"),
+        (["export", "{run}", "model.stl"], ".html or .onnx or .pt2 to write to (got model.stl)"),
+        (["export", "{run}", "whole.onnx"], "(got whole.onnx)"),  # a folder
         (["export", "later", "model.onnx"], "later release"),
         (["view", "{run}", "-o", "page.txt"], "page.txt"),
         (["view", "{run}", "-o", "page.html", "--data", "other"], "vertices"),
@@ -447,21 +516,32 @@ SHAPE = ["{scans}/0.ply", "{scans}/1.ply", "{scans}/2.ply"]
         (["report", "{run}", "-o", "page.html", "--data", "other"], "vertices"),
         (["report", "unknown", "-o", "page.html"], "--data"),
         (["report", "laters", "-o", "page.html"], "later release"),
-        (["sample", "{run}", "-o", "run", "--n", "0"], "positive"),
+        (["sample", "{run}", "-o", "run", "--n", "0"], "positive '--n'"),
+        (["sample", "{run}", "-o", "run", "--seed", str(2**64)], "'--seed' below"),
+        (["sample", "nowhere", "-o", "new.ply"], "a folder to write to (got new.ply)"),
+        (["sample", "nowhere", "-o", "other/a.ply"], "a folder to write to"),
         (["sample", "later", "-o", "run"], "later release"),
         (["interpolate", "{run}", "other/a.ply", SHAPE[0], "-o", "run"], "vertices in other"),
         (["interpolate", "{run}", "nowhere.ply", SHAPE[0], "-o", "run"], "nowhere.ply"),
+        (["interpolate", "{run}", "none.json", SHAPE[0], "-o", "run"], "Expected a file of JSON"),
         (["interpolate", "{run}", "short.json", SHAPE[0], "-o", "run"], "code of 8 numbers"),
         (["interpolate", "{run}", "bad.json", SHAPE[0], "-o", "run"], "bad.json"),
         (["interpolate", "{run}", *SHAPE[:2], "-o", "run", "--steps", "1"], "at least 2"),
+        (
+            ["interpolate", "nowhere", "a", "b", "-o", "walk.webm"],
+            "a folder or a file ending in .gif or .mp4 to write to (got walk.webm)",
+        ),
         (["interpolate", "later", *SHAPE[:2], "-o", "run"], "later release"),
         (["transfer", "{run}", *SHAPE[:2], "other/a.ply", "-o", "t.ply"], "vertices in other"),
         (["transfer", "{run}", *SHAPE[:2], "short.json", "-o", "t.ply"], "code of 8 numbers"),
-        (["transfer", "{run}", *SHAPE, "-o", "t.txt"], "t.txt"),
+        (["transfer", "nowhere", *SHAPE, "-o", "t.txt"], ".off or .stl to write to (got t.txt)"),
+        (["transfer", "nowhere", *SHAPE, "-o", "t"], ".off or .stl to write to (got t)"),
         (["transfer", "later", *SHAPE, "-o", "t.ply"], "later release"),
         (["fit", "{linear}", "plane.ply", "-o", "f.ply"], "the model explains"),
         (["fit", "{run}", "empty", "-o", "f"], "empty"),
         (["fit", "{run}", "nowhere.ply", "-o", "f.ply"], "nowhere.ply"),
+        (["fit", "nowhere", "other/a.ply", "-o", "f"], ".off or .stl to write to (got f)"),
+        (["fit", "nowhere", "other", "-o", "f.ply"], "a folder to write to (got f.ply)"),
         (["fit", "{run}", "colours.xyz", "-o", "f.ply"], "unit normal"),
         (["fit", "{run}", "other/a.ply", "-o", "other/a.ply"], "another file"),
         (["fit", "{run}", "other", "-o", "other"], "another folder"),
@@ -469,12 +549,22 @@ SHAPE = ["{scans}/0.ply", "{scans}/1.ply", "{scans}/2.ply"]
         (["fit", "{run}", "{scans}/0.ply", "-o", "f.ply", "--landmarks", "bad.json"], "bad.json"),
         (["fit", "{run}", "{scans}/0.ply", "-o", "f.ply", "--landmarks", "list.json"], "landmarks"),
         (["fit", "later", "{scans}/0.ply", "-o", "f.ply"], "later release"),
+        (["edit", "nowhere", SHAPE[0], "-o", "e.txt"], ".off or .stl to write to (got e.txt)"),
         (["edit", "{run}", SHAPE[0], "-o", "e.ply"], "--to or --by"),
         (["edit", "{run}", SHAPE[0], "-o", "e.ply", "--by", "9999", "0", "0", "1"], "9999"),
         (["edit", "{run}", SHAPE[0], "-o", "e.ply", "--by", "-1", "0", "0", "1"], "-1"),
         (["edit", "{run}", "short.json", "-o", "e.ply", "--by", "1", "0", "0", "1"], "8 numbers"),
         (["edit", "{run}", "other/a.ply", "-o", "e.ply", "--by", "1", "0", "0", "1"], "vertices"),
         (["edit", "later", SHAPE[0], "-o", "e.ply", "--by", "1", "0", "0", "1"], "later release"),
+        (["repair", "nowhere", "-o", "whole"], "nowhere"),
+        (["repair", "empty", "-o", "whole"], "empty"),
+        (["repair", "broken", "-o", "whole.ply"], "a folder to write to (got whole.ply)"),
+        (["repair", "broken", "-o", "other"], "empty folder"),
+        (["repair", "other/a.ply", "-o", "whole"], ".off or .stl to write to (got whole)"),
+        (
+            ["repair", "other/a.ply", "-o", "b.ply", "--merge", "0.1", "--no-stitch"],
+            "--merge or --no-stitch",
+        ),
     ],
 )
 def test_mistakes_are_one_line(command, line, run, linear, scans, tmp_path, monkeypatch, capsys):
@@ -482,6 +572,11 @@ def test_mistakes_are_one_line(command, line, run, linear, scans, tmp_path, monk
     (tmp_path / "empty").mkdir()
     write_mesh(tmp_path / "other" / "a.ply", *blob(2, seed=0))
     write_mesh(tmp_path / "plane.ply", *plane())
+    (tmp_path / "broken").mkdir()
+    for i in range(40):
+        (tmp_path / "broken" / f"{i}.ply").write_text("no mesh")
+    np.save(tmp_path / "m.npy", np.random.default_rng(0).normal(size=(40, 900, 3)))
+    (tmp_path / "whole.onnx").mkdir()
     (tmp_path / "short.json").write_text("[0.5, 1]")
     (tmp_path / "bad.json").write_text("[0.5, ")
     (tmp_path / "list.json").write_text("[0.5, 1]")
@@ -521,7 +616,13 @@ COMMANDS = {
     "transfer": ["transfer", "a", "b", "c", "-o", "d"],
     "fit": ["fit", "a", "b"],
     "edit": ["edit", "a", "b", "-o", "c", "--by", "1", "2"],
+    "repair": ["repair", "a"],
 }
+
+
+def test_every_command_is_among_those_that_are_tested():
+    app = importlib.import_module("pyg_attnpool.cli.app")
+    assert set(COMMANDS) == {command.__name__ for command in app.COMMANDS}
 
 
 @pytest.mark.parametrize("command", [["nothing"], [], *COMMANDS.values()])
@@ -553,6 +654,9 @@ def test_every_command_has_an_example_that_it_takes(command, capsys, monkeypatch
     assert exit_.value.code == 0
     shown = capsys.readouterr().out
     (example,) = re.findall(rf"Example: pyg-attnpool ({command} .*)", shown)
+    # A flag that is shown as --no-open says what it does, not what it takes away.
+    for flag, text in re.findall(r"(--no-\w+) +(.*?\(default: \w+\))", shown, re.DOTALL):
+        assert "Whether" not in text and "default: False" in text, flag
     # It fails at the model or data that are not there, not at its own arguments.
     assert main(example.split()) == 1 and "(got" in capsys.readouterr().err
 
@@ -566,6 +670,21 @@ def started(code, **kwargs):
 
 def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def test_ctrl_c_while_the_command_line_is_imported_is_no_mistake(tmp_path):
+    for content, code, said in (
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise ImportError('no tyro')", 1, 'pip install "pyg_attnpool[cli]"'),
+    ):
+        (tmp_path / "tyro.py").write_text(content)
+        places = os.pathsep.join([str(tmp_path), *sys.path])
+        process = started(
+            ["-m", "pyg_attnpool.cli", "info", "faces"], env={**os.environ, "PYTHONPATH": places}
+        )
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == code and "Traceback" not in error
+        assert said in error and error.count("\n") == bool(said)
 
 
 def test_help_needs_no_torch():

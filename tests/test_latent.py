@@ -78,6 +78,20 @@ def test_batches_are_their_meshes(curved):
     assert_close(curved.transfer(x[:1], y[:1], x[:1])[0], curved.transfer(x[0], y[0], x[0]))
 
 
+def test_arguments_may_be_those_of_numpy(curved):
+    a, b = x = meshes(2, seed=1)
+    expected = curved.interpolate(a, b, 3)
+    assert_close(curved.interpolate(a, b, np.int64(3)), expected)
+    assert curved.sample(np.uint8(3)).shape == (3, *a.shape)
+    # Arrays of any layout: backwards, of the other byte order, and of more than double precision.
+    backwards = x.numpy()[::-1].copy()[::-1]
+    for y in (backwards, x.numpy().astype(">f8"), x.numpy().astype(np.longdouble)):
+        assert_close(curved.encode(y), curved.encode(x))
+        assert_close(curved.interpolate(y[0], y[1], 3), expected)
+    for alphas in (np.array([2, 0]), np.float32([2, 0]), torch.tensor([2, 0])):
+        assert_close(curved.extrapolate(a, b, alphas), curved.extrapolate(a, b, [2.0, 0.0]))
+
+
 def test_a_mesh_of_as_many_features_as_a_code_is_long_is_a_mesh(curved):
     x = meshes(2)
     assert curved.latent_channels == x.size(2)
@@ -140,19 +154,34 @@ def test_the_mode_of_the_model_stays(curved):
 @pytest.mark.parametrize(
     "call, error, match",
     [
-        (lambda m, x: interpolate(m, x[0], x[1], 1), ValueError, "'steps'.*at least 2 .got 1"),
-        (lambda m, x: interpolate(m, x[0], x[1], 2.5), ValueError, "'steps'.*got 2.5"),
+        (lambda m, x: interpolate(m, x[0], x[1], 1), ValueError, "at least 2 'steps' .got 1"),
+        (lambda m, x: interpolate(m, x[0], x[1], 2.5), TypeError, "integer 'steps' .got 2.5"),
+        (lambda m, x: interpolate(m, x[0], x[1], True), TypeError, "integer 'steps' .got True"),
+        (lambda m, x: interpolate(m, x[0], x[1], np.float64(3)), TypeError, "integer 'steps'"),
         (lambda m, x: interpolate(m, x[0, :9], x[1], 3), ValueError, r"'a' .* \[42, 3\].*\[9, 3\]"),
         (lambda m, x: interpolate(m, x[0], torch.zeros(7), 3), ValueError, r"'b' .*code \[4\].*7"),
         (lambda m, x: interpolate(m, x, x[:2], 3), ValueError, "one or 3 of 'b' .*got 2"),
         (lambda m, x: interpolate(m, x[:0], x, 3), ValueError, r"'a' .*\[0, 42, 3\]"),
         (lambda m, x: interpolate(m, x[0].long(), x[0], 3), TypeError, "'a' .*int64"),
         (lambda m, x: interpolate(m, "face.obj", x[0], 3), TypeError, "'a' .*str"),
+        (lambda m, x: interpolate(m, np.array(["a"]), x[0], 3), TypeError, "'a' .*<U1"),
+        (lambda m, x: interpolate(m, np.array([None]), x[0], 3), TypeError, "'a' .*object"),
+        (lambda m, x: extrapolate(m, x[0], x[1], "abc"), TypeError, "'alphas' .*got 'abc'"),
+        (lambda m, x: extrapolate(m, x[0], x[1], ["a"]), TypeError, "'alphas' .*got .'a'"),
+        (lambda m, x: extrapolate(m, x[0], x[1], None), TypeError, "'alphas' .*got None"),
+        (lambda m, x: extrapolate(m, x[0], x[1], [1, [2]]), TypeError, "'alphas'"),
+        (lambda m, x: extrapolate(m, x[0], x[1], [10**400]), TypeError, "'alphas'"),
+        (lambda m, x: extrapolate(m, x[0], x[1], 1.5), ValueError, "'alphas' .*got 1.5"),
         (lambda m, x: extrapolate(m, x[0] * torch.nan, x[1], [1]), ValueError, "finite 'neutral'"),
         (lambda m, x: extrapolate(m, x[0], x[1], []), ValueError, "'alphas'"),
         (lambda m, x: extrapolate(m, x[0], x[1], [1, torch.inf]), ValueError, "'alphas'.*inf"),
         (lambda m, x: transfer(m, x[0], x[1], torch.zeros(2, 5)), ValueError, "'target_neutral'"),
-        (lambda m, x: sample(m, 0), ValueError, "'n' to be a positive integer .got 0"),
+        (lambda m, x: sample(m, 0), ValueError, "positive 'n' .got 0"),
+        (lambda m, x: sample(m, 2**70), ValueError, "'n' below"),
+        (lambda m, x: sample(m, torch.tensor(True)), TypeError, "integer 'n'"),
+        (lambda m, x: sample(m, 2, 0), TypeError, "torch.Generator .*got 0"),
+        (lambda m, x: m.write_mesh("a.ply", "b.ply"), TypeError, "a mesh .*str"),
+        (lambda m, x: m.set_statistics([0.0], x[0]), TypeError, "'mean' .*list"),
     ],
 )
 def test_bad_arguments(linear, call, error, match):

@@ -395,8 +395,12 @@ def test_sizes_that_are_none():
         with pytest.raises(ValueError, match="less than 2..63 pairs"):
             Mapping(index, weight, size)
     mapping = Mapping(index, weight, np.int64(3))
-    for batch_size in (0, -1, 1.5):
+    assert len(mapping.entries(np.int64(2))[0]) == 2 * mapping.nnz
+    for batch_size in (0, -1):
         with pytest.raises(ValueError, match="positive 'batch_size'"):
+            mapping.entries(batch_size)
+    for batch_size in (1.5, True):
+        with pytest.raises(TypeError, match="integer 'batch_size'"):
             mapping.entries(batch_size)
     with pytest.raises(ValueError, match="one 'alpha'"):
         mapping.fuse(mapping, torch.ones(2))

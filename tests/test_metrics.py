@@ -206,6 +206,44 @@ def test_coverage_and_nearest_neighbours_of_points_on_a_line():
     assert 0.45 < coverage(x[:300], x[300:]) < 0.75
 
 
+@pytest.mark.parametrize(
+    "call, error, match",
+    [
+        (lambda m, x: m.evaluate(x, batch_size=0), ValueError, "positive 'batch_size'"),
+        (lambda m, x: m.evaluate(x, batch_size=2.0), TypeError, "integer 'batch_size' .got 2.0"),
+        (lambda m, x: m.evaluate(np.array([[["a"]]])), TypeError, "meshes .*<U1"),
+        (lambda m, x: encode_all(m, x, "8"), TypeError, "integer 'batch_size' .got '8'"),
+        (lambda m, x: error_quantiles(m, x, "half"), TypeError, "list of numbers .got 'half'"),
+        (lambda m, x: error_quantiles(m, x, 0.5), TypeError, "list of numbers .got 0.5"),
+        (lambda m, x: generation(m, x, x, 2.5), TypeError, "integer 'n' .got 2.5"),
+        (lambda m, x: generation(m, x, x, 1), ValueError, "at least 2 'n' .got 1"),
+        (lambda m, x: generation(m, x, x[:1]), ValueError, "two test meshes .got 1"),
+        (lambda m, x: generation(m, x, x, 4, 0), TypeError, "torch.Generator .*got 0"),
+        (lambda m, x: diversity("ab"), TypeError, "'samples' .*str"),
+        (lambda m, x: specificity(x.tolist(), x), TypeError, "'x' .*list"),
+        (lambda m, x: vertex_distances(x, None), TypeError, "'x' .*NoneType"),
+    ],
+)
+def test_bad_arguments(call, error, match):
+    model, x = linear_model()
+    with pytest.raises(error, match=match):
+        call(model, x)
+
+
+def test_arguments_may_be_those_of_numpy():
+    model, x = linear_model()
+    assert model.evaluate(x, np.int64(7)) == pytest.approx(model.evaluate(x, 7))
+    assert error_quantiles(model, x, np.array([0, 1])) == error_quantiles(model, x, [0, 1])
+    for measure in (specificity, coverage, nearest_neighbor_accuracy):
+        assert measure(x[:9].numpy(), x[9:18].numpy()) == measure(x[:9], x[9:18])
+    assert diversity(x.numpy()) == diversity(x)
+    seeds = [torch.Generator().manual_seed(0) for _ in range(2)]
+    found = [
+        generation(model, x, x, n, seed) for n, seed in zip((9, np.int16(9)), seeds, strict=True)
+    ]
+    assert found[0] == found[1]
+
+
 def test_metrics_of_generation():
     # Meshes of PCA are Gaussian: samples of the right model look like them, those of one with half
     # the deviations or without most of the components do not.

@@ -14,6 +14,7 @@ ROOT = Path(pyg_attnpool.__file__).parent
 ROOMS = [
     "files",
     "units",
+    "arguments",
     "ops",
     "mapping",
     "mesh",

@@ -2,11 +2,7 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from collections.abc import Sequence
-
-# Threads that spin while they wait slow a busy machine ten times. Read when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     import tyro
@@ -74,13 +70,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         how = "with --resume goes on" if {*arguments[:1]} & RESUMED else "begins again"
         return _said(f"stopped; every file is whole. The same command {how}.", 130)
-
-
-def entry() -> None:
-    r"""The process's own entry point."""
-    # A warning is a line for whoever runs a command, not a place in a program.
-    warnings.formatwarning = lambda message, *_, **__: f"pyg-attnpool: {message}\n"
-    sys.exit(main())
 
 
 def _said(line: str, code: int) -> int:

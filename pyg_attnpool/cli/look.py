@@ -11,21 +11,24 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from pyg_attnpool.cli.shared import (
-    Folder,
     MaybeOutput,
+    Model,
+    check_output,
     read_meshes_of,
     read_model,
     read_training_meshes,
 )
 
+PAGE = (".html",)
+
 
 def view(
-    model: Folder,
+    model: Model,
     *,
     output: MaybeOutput = None,
     data: Path | None = None,
     title: str | None = None,
-    open: bool = True,
+    no_open: bool = False,
 ) -> None:
     """Writes a model as one web page, with a slider for every latent dimension, and opens it.
 
@@ -35,17 +38,17 @@ def view(
         output: The page; by default beside the folder and named as it is.
         data: Folder of registered meshes which the page offers, with the error of each: a few, as
             each adds to the page. By default it offers samples of the model.
-        title: Its heading; by default the name of the folder.
-        open: Whether the page is opened in the browser.
+        title: Its heading; by default the name of the model.
+        no_open: Write the page and do not open it in the browser.
     """
-    found = read_model(model)
-    folder = model.resolve()
+    folder = Path(model).resolve()
     page = folder.with_name(f"{folder.name}.html") if output is None else output
-    check_page(page)
+    check_output(page, PAGE)
+    found = read_model(model)
     meshes = None if data is None else read_meshes_of(found, data)
     names = None if meshes is None else meshes.name
     found.export(page, title=title or folder.name, meshes=meshes, names=names)
-    show(page, open)
+    show(page, not no_open)
 
 
 def report(
@@ -53,7 +56,7 @@ def report(
     *,
     output: MaybeOutput = None,
     data: Path | None = None,
-    open: bool = True,
+    no_open: bool = False,
 ) -> None:
     """Writes how a training or a comparison went as one web page, and opens it: learning curves,
     errors, error maps on meshes that turn, the worst meshes, latent dimensions, mappings, settings.
@@ -65,29 +68,24 @@ def report(
         output: The page; by default report.html in the folder.
         data: Test meshes, in the unit of the model's files; by default the test part of those that
             the models were trained on.
-        open: Whether the page is opened in the browser.
+        no_open: Write the page and do not open it in the browser.
     """
     from pyg_attnpool.visualize import find_models, write_report
 
+    page = run / "report.html" if output is None else output
+    check_output(page, PAGE)
     folders = find_models(run)
     models = {name: read_model(folder) for name, folder in folders.items()}
-    page = run / "report.html" if output is None else output
-    check_page(page)
     if data is None:
         meshes = read_training_meshes(folders.values())
         meshes = meshes[meshes.split().test]
     else:
         meshes = read_meshes_of(next(iter(models.values())), data)
     write_report(page, models, meshes, folders, title=run.resolve().name)
-    show(page, open)
+    show(page, not no_open)
 
 
 # What they share ######################################################################
-
-
-def check_page(page: Path) -> None:
-    if page.suffix.lower() != ".html":
-        raise ValueError(f"Expected a page ending in '.html' (got {page})")
 
 
 def show(page: Path, wanted: bool) -> None:

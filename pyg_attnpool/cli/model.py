@@ -2,6 +2,7 @@ r"""Commands on a model as a whole: train, evaluate, info, export."""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -9,10 +10,12 @@ from tyro.conf import Positional, arg
 
 from pyg_attnpool.cli.shared import (
     ALIGNED,
-    Folder,
+    Model,
     Output,
     Unit,
     as_json,
+    check_output,
+    decimal,
     note,
     read_meshes,
     read_meshes_of,
@@ -44,7 +47,7 @@ def train(
     steps: int = 5000,
     batch_size: int = 16,
     seed: int = 0,
-    device: str = "auto",
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     resume: bool = False,
     overwrite: bool = False,
 ) -> None:
@@ -64,23 +67,38 @@ def train(
         steps: Training steps, rounded up to whole epochs.
         batch_size: Meshes per step.
         seed: Seed of the start and of the order of the meshes.
-        device: cpu, cuda, or whichever is there.
+        device: What trains; by default the fastest that is there.
         resume: Go on where an earlier run into the same folder was cut off.
         overwrite: Replace an earlier run in the same folder.
     """
     import torch
 
     from pyg_attnpool import MorphableModel
+    from pyg_attnpool.arguments import as_integer
     from pyg_attnpool.datasets import looks_unaligned, record_dataset
+    from pyg_attnpool.datasets.sources import mesh_names
+    from pyg_attnpool.training import epochs_for, quiet_lightning
 
-    if steps < 1 or batch_size < 1:
-        raise ValueError(f"Expected positive steps and batch size (got {steps} and {batch_size})")
+    counts = {"--latent": latent, "--steps": steps, "--batch-size": batch_size}
+    for name, number in counts.items():
+        as_integer(name, number, least=1)
+    as_integer("--seed", seed, least=0)
+    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not here.get(device, True):
+        raise ValueError(f"Expected a --device that PyTorch finds here (got {device})")
+    check_output(output, folder=True)
     if not (resume or overwrite) and any((output / name).exists() for name in RUN):
         raise FileExistsError(
             f"Expected a folder without a run (got {output}): go on with it by --resume, replace "
             f"it by --overwrite, or take another folder"
         )
+    if model != "pca":
+        quiet_lightning()
+        import_module("pyg_attnpool.training.lightning")  # which says if it is missing
+    if data.is_dir():  # too few files are refused before they are read
+        _check_number(len(mesh_names(data)), model, latent)
     meshes = read_meshes(data, template, unit, align)
+    _check_number(len(meshes), model, latent)
     split = meshes.split()
     print(
         f"{len(meshes)} meshes of {len(meshes.template[0]):,} vertices: {len(split.train)} for "
@@ -89,14 +107,12 @@ def train(
     if not align and looks_unaligned(meshes.vertices):
         print("The meshes differ mostly by how they are turned and placed: --align takes it away.")
     torch.manual_seed(seed)
-    make = getattr(MorphableModel, model)
-    fitted = make(meshes.template, latent, unit=unit)
+    if model != "pca":
+        note("Simplifying the template and finding the start: some seconds up to a minute.")
+    fitted = getattr(MorphableModel, model)(meshes.template, latent, unit=unit)
     if model == "pca":
         fitted.fit(meshes[split.train])
     else:
-        from pyg_attnpool.training import epochs_for, quiet_lightning
-
-        quiet_lightning()
         fitted.fit(
             meshes,
             output=output,
@@ -123,7 +139,7 @@ def train(
 
 
 def evaluate(
-    model: Folder,
+    model: Model,
     data: Annotated[Positional[Path], arg(metavar="DATA")],
     *,
     train: Path | None = None,
@@ -148,28 +164,30 @@ def evaluate(
     """
     import torch
 
+    from pyg_attnpool.arguments import as_integer
     from pyg_attnpool.metrics import generation
 
-    if samples < 2:
-        raise ValueError(f"Expected at least two samples (got {samples})")
+    as_integer("--samples", samples, least=2)
+    as_integer("--seed", seed, least=0)
     found = read_model(model)
     meshes = read_meshes_of(found, data)
     known = meshes if train is None else read_meshes_of(found, train)
     values: dict[str, Any] = found.evaluate(meshes)
-    table = _table({model.name: values})
+    table = _table({Path(model).name: values})
     if len(meshes) > 1:
+        note(f"Comparing {samples} meshes of the model with {len(meshes)}: up to a minute.")
         generator = torch.Generator().manual_seed(seed)
-        more = generation(found, known, meshes, samples, generator)
-        values |= more
+        values |= generation(found, known, meshes, samples, generator)
         table += "\n\n" + "\n".join(
-            f"{name:26}{more[name]:8.3f}  {meaning}" for name, meaning in MEANINGS.items()
+            f"{name:26}{decimal(values[name]):>8}  {meaning}" for name, meaning in MEANINGS.items()
         )
     else:
+        values |= dict.fromkeys(MEANINGS) | {"generalisation": values["mean"]}
         note("Two meshes or more tell what the model's own meshes are like; there is one.")
     print(as_json(values) if json else table)
 
 
-def info(model: Folder, *, json: bool = False) -> None:
+def info(model: Model, *, json: bool = False) -> None:
     """Says what a model is and how it was trained.
 
     Example: pyg-attnpool info faces/
@@ -194,7 +212,7 @@ def info(model: Folder, *, json: bool = False) -> None:
         print(f"{name:24} {value}")
 
 
-def export(model: Folder, file: Annotated[Positional[Path], arg(metavar="FILE")]) -> None:
+def export(model: Model, file: Annotated[Positional[Path], arg(metavar="FILE")]) -> None:
     """Writes a model as one file that runs without this package.
 
     Example: pyg-attnpool export faces/ faces.onnx
@@ -202,13 +220,29 @@ def export(model: Folder, file: Annotated[Positional[Path], arg(metavar="FILE")]
     Args:
         file: The file: .html (a page with sliders), .onnx or .pt2.
     """
-    difference = read_model(model).export(file)
+    check_output(file, (".html", ".onnx", ".pt2"))
+    found = read_model(model)
+    if file.suffix.lower() != ".html":
+        note(f"Writing {file}: some seconds up to a minute.")
+    difference = found.export(file)
     print(f"{file} gives what the model gives to {difference:.1e} of its largest coordinate")
+
+
+def _check_number(meshes: int, model: str, latent: int) -> None:
+    from pyg_attnpool.datasets import RegisteredMeshes
+    from pyg_attnpool.datasets.splits import split_meshes
+
+    most = len(split_meshes(RegisteredMeshes.default_split, meshes, {}).train) - 1
+    if model in ("modal", "pca") and latent > most:
+        raise ValueError(
+            f"Expected --latent of at most {most}, fewer than the {most + 1} meshes for training "
+            f"(got {latent})"
+        )
 
 
 def _table(rows: dict[str, dict[str, Any]], header: bool = True) -> str:
     lines = ["mm per vertex      mean     std  median   latent channels alive"] if header else []
     for name, row in rows.items():
-        errors = "".join(f"{row[key]:8.3f}" for key in SHOWN)
+        errors = "".join(f"{decimal(row[key]):>8}" for key in SHOWN)
         lines.append(f"{name:15}{errors}{row['alive']:8}")
     return "\n".join(lines)

@@ -4,14 +4,16 @@ ones of broken ones."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from pyg_attnpool.cli.shared import (
-    Folder,
+    Model,
     Output,
     as_json,
+    check_output,
+    decimal,
     note,
     read_json,
     read_model,
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
 Suffix = Literal["ply", "obj", "off", "stl"]
 Motion = Literal["rigid", "similarity", "none"]
 Place = tuple[int, float, float, float]
+MESHES = tuple(f".{name}" for name in get_args(Suffix))
+FILMS = (".gif", ".mp4")
 FRAMES = 50  # of an animation, by default
 
 
 def sample(
-    model: Folder, *, output: Output, n: int = 10, seed: int = 0, format: Suffix = "ply"
+    model: Model, *, output: Output, n: int = 10, seed: int = 0, format: Suffix = "ply"
 ) -> None:
     """Makes new meshes, from the Gaussian of the codes of the training meshes.
 
@@ -46,6 +50,11 @@ def sample(
     """
     import torch
 
+    from pyg_attnpool.arguments import as_integer
+
+    check_output(output, folder=True)
+    as_integer("--n", n, least=1)
+    as_integer("--seed", seed, least=0)
     found = read_model(model)
     meshes = found.sample(n, generator=torch.Generator().manual_seed(seed))
     write_meshes(found, output, _numbered("sample", n, format), meshes)
@@ -53,7 +62,7 @@ def sample(
 
 
 def interpolate(
-    model: Folder,
+    model: Model,
     a: Annotated[Positional[Path], arg(metavar="A")],
     b: Annotated[Positional[Path], arg(metavar="B")],
     *,
@@ -74,8 +83,11 @@ def interpolate(
         format: Format of the files.
         azimuth: How far the mesh of an animation is turned about y, in degrees.
     """
-    film = output.suffix.lower() in (".gif", ".mp4")
-    steps = (FRAMES if film else 10) if steps is None else steps
+    from pyg_attnpool.arguments import as_integer
+
+    check_output(output, FILMS, folder=True)
+    film = output.suffix.lower() in FILMS
+    steps = as_integer("--steps", (FRAMES if film else 10) if steps is None else steps, least=2)
     found = read_model(model)
     meshes = found.interpolate(read_shape(found, a), read_shape(found, b), steps)
     if film:
@@ -86,7 +98,7 @@ def interpolate(
 
 
 def transfer(
-    model: Folder,
+    model: Model,
     source_neutral: Annotated[Positional[Path], arg(metavar="SOURCE_NEUTRAL")],
     source: Annotated[Positional[Path], arg(metavar="SOURCE")],
     target_neutral: Annotated[Positional[Path], arg(metavar="TARGET_NEUTRAL")],
@@ -103,6 +115,7 @@ def transfer(
         target_neutral: The undeformed target.
         output: The mesh file to write.
     """
+    check_output(output, MESHES)
     found = read_model(model)
     shapes = [read_shape(found, path) for path in (source_neutral, source, target_neutral)]
     found.write_mesh(output, found.transfer(*shapes))
@@ -110,7 +123,7 @@ def transfer(
 
 
 def fit(
-    model: Folder,
+    model: Model,
     scan: Annotated[Positional[Path], arg(metavar="SCAN")],
     *,
     output: Output,
@@ -146,9 +159,9 @@ def fit(
     """
     from pyg_attnpool.datasets.cache import progress
 
+    jobs = _jobs(scan, output, landmarks, resume)
     found = read_model(model)
     records = []
-    jobs = _jobs(scan, output, landmarks, resume)
     # The fit of a single scan has a bar of its own.
     for source, target, marks in progress(jobs, f"Fitting {scan.name}") if scan.is_dir() else jobs:
         try:
@@ -175,12 +188,13 @@ def fit(
         print(f"{len(records) - failed} of {len(records)} scans are registered in {output}")
     else:
         (record,) = records
-        print(f"{output}: {record['mean']:.3f} mm from the scan, median {record['median']:.3f}")
+        mean, median = decimal(record["mean"]), decimal(record["median"])
+        print(f"{output}: {mean} mm from the scan, median {median}")
     return 1 if failed else 0
 
 
 def edit(
-    model: Folder,
+    model: Model,
     mesh: Annotated[Positional[Path], arg(metavar="MESH")],
     *,
     output: Output,
@@ -208,6 +222,7 @@ def edit(
 
     from pyg_attnpool.units import metres
 
+    check_output(output, MESHES)
     found = read_model(model)
     scale, shape = metres(found.unit), read_shape(found, mesh)
     start = found.decode(shape.unsqueeze(0))[0] if shape.dim() == 1 else shape
@@ -237,15 +252,12 @@ def edit(
             print(f"vertex {vertex} is {distance:.3f} mm from where it should be")
 
 
-# What they share ######################################################################
-
-
 def repair(
     meshes: Annotated[Positional[Path], arg(metavar="MESHES")],
     *,
     output: Output,
     merge: float = 0.0,
-    stitch: bool = True,
+    no_stitch: bool = False,
 ) -> None:
     """Makes a manifold of any triangles, as templates need it. No vertex moves. The meshes of a
     folder are repaired all alike, so that they stay registered.
@@ -258,17 +270,30 @@ def repair(
             vertex before that each vertex is.
         merge: Distance up to which the ends of edges at a seam are one vertex, in the unit of the
             files.
-        stitch: Whether seams are stitched.
+        no_stitch: Leave seams open.
     """
     from pyg_attnpool.datasets import repair_files
 
-    mesh, count = repair_files(meshes, output, merge if stitch else None)
+    _check_like(meshes, output)
+    if no_stitch and merge != 0:
+        raise ValueError(f"Expected --merge or --no-stitch (got both, with --merge {merge})")
+    mesh, count = repair_files(meshes, output, None if no_stitch else merge)
     for what, number in mesh.changes.items():
         print(f"{number:8,} {what}")
     print(
         f"{count} {'files' if count > 1 else 'file'} of {mesh.num_source:,} vertices, now "
         f"{len(mesh.vertices):,}, in {output}"
     )
+
+
+# What they share ######################################################################
+
+
+def _check_like(source: Path, output: Path) -> None:
+    # A folder becomes a folder, a file a mesh file.
+    if not source.exists():
+        raise FileNotFoundError(f"Expected a file or a folder of meshes at {source} (got none)")
+    check_output(output, () if source.is_dir() else MESHES, folder=source.is_dir())
 
 
 def _numbered(name: str, n: int, suffix: str) -> list[str]:
@@ -294,6 +319,7 @@ def _jobs(
     from pyg_attnpool.datasets.sources import mesh_names
     from pyg_attnpool.mesh.io import CLOUDS, SUFFIXES
 
+    _check_like(scan, output)
     if not scan.is_dir():
         if output.resolve() == scan.resolve():
             raise ValueError(f"Expected another file than the scan to write to (got {output})")

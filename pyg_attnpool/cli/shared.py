@@ -3,6 +3,7 @@ r"""What commands share: their arguments, how they read models and meshes, and h
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from pyg_attnpool import MorphableModel
     from pyg_attnpool.datasets import MeshDataset, RegisteredMeshes
 
-Folder = Annotated[Positional[Path], arg(metavar="MODEL", help="Folder of a model or of its run.")]
+Model = Annotated[
+    Positional[str],
+    arg(
+        metavar="MODEL",
+        help="Folder of a model or of its run. Where there is none, the name of a model that comes "
+        "with the package: faces, bodies, hands, faces-32, bodies-32 or hands-32.",
+    ),
+]
 Output = Annotated[Path, arg(aliases=["-o"])]
 MaybeOutput = Annotated[Path | None, arg(aliases=["-o"])]
 Unit = Literal["m", "cm", "mm"]
@@ -24,10 +32,20 @@ Unit = Literal["m", "cm", "mm"]
 ALIGNED = "aligned"  # in the summary of a model: its meshes were turned and moved onto the template
 
 
-def read_model(folder: Path) -> MorphableModel:
+def read_model(model: str | Path) -> MorphableModel:
     from pyg_attnpool import MorphableModel
+    from pyg_attnpool.files import whole_folder
+    from pyg_attnpool.models.hub import own_models
 
-    return MorphableModel.load(folder)
+    if whole_folder(model).exists():
+        return MorphableModel.load(model)
+    if model not in own_models():  # "faces/" is a folder
+        raise FileNotFoundError(
+            f"Expected the folder of a model, or the name of one that comes with the package, one "
+            f"of {', '.join(own_models())} (got {model})"
+        )
+    note(f"{model} is the model that comes with the package.")
+    return MorphableModel.from_pretrained(model)
 
 
 def read_meshes(
@@ -129,14 +147,45 @@ def _read_code(model: MorphableModel, path: Path) -> Tensor:
 
 
 def read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"Expected a file of JSON at {path} (got none)")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as e:
         raise ValueError(f"Expected a whole file of JSON in {path} (got: {e})") from e
 
 
+def check_output(output: Path, suffixes: Collection[str] = (), folder: bool = False) -> None:
+    r"""Refuses an output that a command would not know how to write, before anything is read: a
+    file of another ending, and a new folder whose name ends as that of a file."""
+    suffix = output.suffix.lower()
+    if suffix in suffixes:
+        fits = not output.is_dir()
+    else:
+        named = not suffix.strip(".0123456789")  # "noise0.5" has no ending of a file
+        fits = folder and (output.is_dir() or (named and not output.is_file()))
+    if not fits:
+        files = [f"a file ending in {' or '.join(suffixes)}"] if suffixes else []
+        known = " or ".join(["a folder"] * folder + files)
+        raise ValueError(f"Expected {known} to write to (got {output})")
+
+
 def as_json(value: Any) -> str:
-    return json.dumps(value, indent=2)
+    r"""Text of JSON, which has no NaN and no infinity: what has no value is null."""
+
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(item) for name, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [known(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(known(value), indent=2, allow_nan=False)
+
+
+def decimal(value: float) -> str:
+    r"""A number to read, or a dash where it has no value."""
+    return f"{value:.3f}" if math.isfinite(value) else "-"
 
 
 def write_meshes(model: MorphableModel, folder: Path, names: list[str], meshes: Tensor) -> None:

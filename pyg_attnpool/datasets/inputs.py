@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
 from torch_geometric.data import Data
 
+from pyg_attnpool.arguments import as_floats, as_integer
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset, stacked
 from pyg_attnpool.mesh.io import in_single_precision
 
@@ -49,7 +49,7 @@ def as_tensor(meshes: Any) -> Tensor:
     if isinstance(meshes, MeshDataset):
         meshes = meshes.read(torch.arange(len(meshes)))
     if isinstance(meshes, ndarray):
-        meshes = torch.from_numpy(np.ascontiguousarray(meshes))
+        meshes = as_floats("meshes", meshes)
     if isinstance(meshes, list | tuple) and meshes and all(isinstance(m, Data) for m in meshes):
         meshes = stacked(meshes)
     if not isinstance(meshes, Tensor):
@@ -101,5 +101,6 @@ def check_finite(name: str, x: Tensor, index: Tensor) -> Tensor:
 
 def blocks(x: Tensor | MeshDataset, size: int) -> Iterator[Tensor]:
     r"""Meshes in blocks of a size, in order."""
+    size = as_integer("batch_size", size, least=1)
     for index in torch.arange(len(x)).split(size):
         yield x.read(index) if isinstance(x, MeshDataset) else x[index[0] : index[-1] + 1]

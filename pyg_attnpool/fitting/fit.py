@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch_geometric.data import Batch, Data
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.fitting.observations import (
     Points,
     observed_landmarks,
@@ -241,5 +242,4 @@ def _stacked(fits: list[Fit]) -> Fit:
 def _check_settings(noise: float, max_iterations: int) -> None:
     if not isinstance(noise, int | float) or not 0 < noise < np.inf:
         raise ValueError(f"Expected a positive 'noise' in metres (got {noise!r})")
-    if not isinstance(max_iterations, int) or max_iterations < 1:
-        raise ValueError(f"Expected positive 'max_iterations' (got {max_iterations!r})")
+    as_integer("max_iterations", max_iterations, least=1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.nn.base import IndexedModule
 from pyg_attnpool.nn.resolver import (
@@ -98,9 +99,7 @@ class AutoencoderConfig:
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "in_channels"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Expected '{name}' to be positive (got {value})")
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), least=1))
         for name in ("activation", "latent_activation", "expand_activation"):
             value = getattr(self, name)
             if value not in ACTIVATIONS:
@@ -123,12 +122,13 @@ class AutoencoderConfig:
         # One form of everything, so that a config from JSON equals the one that was written.
         set_ = object.__setattr__
         set_(self, "up", self.down if self.up is None else self.up)
-        set_(self, "channels", tuple(self.channels))
+        channels = tuple(as_integer("channels", c, least=1) for c in self.channels)
         decoder = self.decoder_channels
         if decoder is None:
-            channels = tuple(self.channels)
             decoder = channels[-1:] + channels[::-1]
-        set_(self, "decoder_channels", tuple(decoder))
+        decoder = tuple(as_integer("decoder_channels", c, least=1) for c in decoder)
+        set_(self, "channels", channels)
+        set_(self, "decoder_channels", decoder)
         for name in ("conv_kwargs", "down_kwargs", "up_kwargs"):
             set_(self, name, dict(getattr(self, name) or {}))
 

@@ -23,6 +23,11 @@ OWN = Path(__file__).parent.parent / "pretrained"
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
+def own_models() -> list[str]:
+    r"""The names of the models that come with the package."""
+    return sorted(path.name for path in OWN.iterdir() if path.is_dir()) if OWN.is_dir() else []
+
+
 def from_pretrained(
     source: str | Path,
     revision: str | None = None,
@@ -31,7 +36,7 @@ def from_pretrained(
 ) -> MorphableModel:
     r"""Reads a model from a folder, this package or the Hub; see
     :meth:`MorphableModel.from_pretrained`."""
-    own = sorted(path.name for path in OWN.iterdir() if path.is_dir()) if OWN.is_dir() else []
+    own = own_models()
     if source in own:  # wherever it is called: "./faces" is a folder
         return load(OWN / source, autoencoder)
     if str(source) and Path(source).is_dir():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import Linear, Module, ModuleList, Sequential, SiLU
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.models.pca import PCA
 from pyg_attnpool.nn.resolver import Query, pooling_resolver
@@ -67,9 +68,7 @@ class ModalConfig:
             "in_channels": 3,
         }
         for name, low in lowest.items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < low:
-                raise ValueError(f"Expected '{name}' to be an integer from {low} (got {value!r})")
+            object.__setattr__(self, name, as_integer(name, getattr(self, name), least=low))
         object.__setattr__(self, "pool_kwargs", dict(self.pool_kwargs or {}))
 
 

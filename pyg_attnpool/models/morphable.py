@@ -11,6 +11,7 @@ from numpy import ndarray
 from torch import Tensor
 from torch.nn import Module
 
+from pyg_attnpool.arguments import as_floats, as_integer
 from pyg_attnpool.mesh import MeshHierarchy
 from pyg_attnpool.mesh.io import as_template, in_single_precision, properties
 from pyg_attnpool.models.coma import coma
@@ -205,6 +206,7 @@ class MorphableModel(IndexedModule):
             >>> MorphableModel.modal(hierarchy, latent_channels=3, modes=16)
             MorphableModel(ModalAutoencoder, num_vertices=642, latent_channels=3, unit='m')
         """
+        latent_channels = as_integer("latent_channels", latent_channels, least=1)
         network = modal(_hierarchy(template, unit), pool, latent_channels, **kwargs)
         return cls(network, unit=unit)
 
@@ -361,11 +363,9 @@ class MorphableModel(IndexedModule):
         return self.decode(self.encode(x))
 
     def _checked(self, name: str, x: Any, shape: torch.Size) -> Tensor:
-        if isinstance(x, ndarray):
-            x = torch.from_numpy(x).to(self.mean.device)
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"Expected {name} as a floating point tensor or array (got {got})")
+        if not isinstance(x, Tensor):
+            x = as_floats(name, x).to(self.mean.device)
+        x = as_floats(name, x)
         if x.dim() != len(shape) + 1 or x.shape[1:] != shape:
             raise ValueError(f"Expected {name} of shape {['B', *shape]} (got {list(x.shape)})")
         return x.to(self.mean.dtype)
@@ -445,7 +445,7 @@ class MorphableModel(IndexedModule):
         :func:`pyg_attnpool.latent.sample`.
 
         Raises:
-            ValueError: If :obj:`n` is not positive.
+            TypeError, ValueError: As that function does.
 
         Example:
             >>> model.sample(4).shape
@@ -500,7 +500,7 @@ class MorphableModel(IndexedModule):
 
         Raises:
             OSError: If the file could not be written whole.
-            TypeError: If the mesh is not floating point.
+            TypeError: If the mesh is no floating point tensor or array.
             ValueError: If the shape does not fit, or as :meth:`~pyg_attnpool.mesh.write_mesh` does.
 
         Example:
@@ -508,7 +508,8 @@ class MorphableModel(IndexedModule):
         """
         from pyg_attnpool.mesh import write_mesh
 
-        (x,) = self._checked("a mesh", torch.as_tensor(vertices).unsqueeze(0), self.mean.shape)
+        vertices = as_floats("a mesh", vertices).unsqueeze(0)
+        (x,) = self._checked("a mesh", vertices, self.mean.shape)
         warn_millimetres("a mesh", x)
         array = x.numpy(force=True).astype(np.float64)
         names = self.features or [f"feature_{i}" for i in range(3, array.shape[1])]
@@ -553,12 +554,14 @@ class MorphableModel(IndexedModule):
         r"""Sets mean and standard deviation :obj:`[N, C]` of the training meshes, in metres.
 
         Raises:
+            TypeError: If they are no floating point tensors or arrays.
             ValueError: If the shapes do not fit, or a standard deviation is not positive.
 
         Example:
             >>> untrained = MorphableModel.coma(hierarchy, channels=(8, 8))
             >>> untrained.set_statistics(meshes.mean(dim=0), meshes.std(dim=0) + 1e-6)
         """
+        mean, std = as_floats("'mean'", mean), as_floats("'std'", std)
         for name, value in (("mean", mean), ("std", std)):
             if value.shape != self.mean.shape:
                 raise ValueError(

@@ -3,6 +3,8 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from pyg_attnpool.arguments import as_integer
+
 RESIDENT = 2 << 30  # bytes of meshes beyond which they are read block by block
 
 Rows = Callable[[], Iterator[Tensor]]
@@ -19,6 +21,7 @@ class PCA(torch.nn.Module):
         latent_channels (int, optional): The number of components. (default: :obj:`8`)
 
     Raises:
+        TypeError: If the number of components is no integer.
         ValueError: If there is no component, or fewer meshes or features than components.
 
     Example:
@@ -41,19 +44,19 @@ class PCA(torch.nn.Module):
         r"""A model of zeros, to be fitted or loaded.
 
         Raises:
-            ValueError: If the number of components is negative.
+            TypeError: If a number is no integer.
+            ValueError: If the number of components is negative, or there is no feature.
         """
+        in_channels = as_integer("in_channels", in_channels, least=1)
         model = cls.__new__(cls)
         torch.nn.Module.__init__(model)
         model._allocate(torch.Size([num_vertices, in_channels]), latent_channels)
         return model
 
     def _allocate(self, shape: torch.Size, latent_channels: int) -> None:
-        if not isinstance(latent_channels, int) or latent_channels < 0:
-            raise ValueError(f"Expected positive 'latent_channels' (got {latent_channels!r})")
-        self.latent_channels = latent_channels
+        self.latent_channels = as_integer("latent_channels", latent_channels, least=0)
         self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("components", torch.zeros(latent_channels, *shape))
+        self.register_buffer("components", torch.zeros(self.latent_channels, *shape))
 
     @torch.no_grad()
     def fit(self, x: Tensor | Callable[[], Iterable[Tensor]], at_least: int | None = None) -> "PCA":

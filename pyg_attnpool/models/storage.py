@@ -18,6 +18,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -235,10 +236,18 @@ def describe(autoencoder: Module) -> dict[str, Any]:
         config: Any = autoencoder.config
         values = {f.name: name_of(getattr(config, f.name)) for f in fields(config)}
         try:
-            return {"type": type(autoencoder).__name__, **json.loads(json.dumps(values))}
+            plain = json.loads(json.dumps(values, default=_plain))
+            return {"type": type(autoencoder).__name__, **plain}
         except TypeError:
             pass  # of callables or tensors, which only its own code makes again
     return {"type": f"{type(autoencoder).__module__}.{type(autoencoder).__qualname__}"}
+
+
+def _plain(value: Any) -> Any:
+    # A number of NumPy as one that JSON knows.
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError
 
 
 def _network(

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.datasets.inputs import check_finite, check_meshes
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.training.lightning import pl
@@ -112,8 +113,8 @@ class MeshData(pl.LightningDataModule):
         check_meshes("training meshes", train)
         check_meshes("validation meshes", val)
         self.train, self.val = train, val
-        self.batch_size = batch_size
-        self.seed = seed
+        self.batch_size = as_integer("batch_size", batch_size, least=1)
+        self.seed = as_integer("seed", seed, least=0)
 
     def setup(self, stage: str) -> None:
         r"""Takes meshes that are tensors to the device of the trainer."""

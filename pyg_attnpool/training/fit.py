@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.datasets.inputs import as_meshes, blocks, check_meshes
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
 from pyg_attnpool.datasets.splits import of_every
@@ -133,12 +134,8 @@ def fit(
     for name, value in (("resume", resume), ("freeze", freeze), ("compile", compile)):
         if not isinstance(value, bool) and not (name == "compile" and value is None):
             raise TypeError(f"Expected '{name}' to be True or False (got {value!r})")
-    for name, number in (("epochs", epochs), ("batch_size", batch_size), ("seed", seed)):
-        if isinstance(number, bool) or not isinstance(number, int):
-            raise TypeError(f"Expected an integer '{name}' (got {number!r})")
-        kind, least = ("non-negative", 0) if name == "seed" else ("positive", 1)
-        if not least <= number < 2**32:
-            raise ValueError(f"Expected {kind} '{name}' below 2**32 (got {number})")
+    epochs, seed = as_integer("epochs", epochs, least=1), as_integer("seed", seed, least=0)
+    batch_size = as_integer("batch_size", batch_size, least=1)
     fits_itself = hasattr(model.autoencoder, "fit")
     train, val = _prepared(model, train, val, split=not fits_itself)
     features = _features(model, train, val)
@@ -152,6 +149,12 @@ def fit(
         model.summary = {"meshes": len(train), "seconds": _rounded(time.perf_counter() - begin)}
         return model.freeze() if freeze else model
 
+    most = min(len(train), model.mean.numel()) - 1
+    if hasattr(model.autoencoder, "fit_modes") and model.latent_channels > most:
+        raise ValueError(
+            f"Expected at most {most} latent channels, fewer than training meshes and features "
+            f"(got {model.latent_channels})"
+        )
     from pyg_attnpool.training.data import MeshData
     from pyg_attnpool.training.lightning import pl
     from pyg_attnpool.training.module import MeshTraining

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import l1_loss
 from torch.nn.parameter import Parameter
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.metrics import vertex_distances
 from pyg_attnpool.models import MorphableModel
 from pyg_attnpool.models.autoencoder import is_variational
@@ -113,6 +114,7 @@ class MeshTraining(pl.LightningModule):
                 f"Expected a network with parameters to train (got "
                 f"{type(model.autoencoder).__name__} without)"
             )
+        seed = as_integer("seed", seed, least=0)
         self.model = model
         self.optimizer = optimizer
         self.lr = lr

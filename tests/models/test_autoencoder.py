@@ -173,7 +173,7 @@ BAD = {
     "encoder": ({"channels": (8,)}, r"4 'channels'.*5 levels \(got 1 and 2\)"),
     "decoder": ({"decoder_channels": (8, 3)}, r"5 'decoder_channels'.*5 levels \(got 4 and 2\)"),
     "variant": ({"variant": "paper"}, r"'default' or 'published' \(got 'paper'\)"),
-    "latent": ({"latent_channels": 0}, r"positive \(got 0\)"),
+    "latent": ({"latent_channels": 0}, r"positive 'latent_channels' \(got 0\)"),
     "activation": ({"latent_activation": "tanh"}, r"or None \(got 'tanh'\)"),
     "pooling arguments": ({"down_kwargs": {"k": 2}}, r"no pooling arguments.*\(got \['k'\]\)"),
     "K": ({"conv_kwargs": {"K": 0}}, r"at least 1 \(got 0\)"),

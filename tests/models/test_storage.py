@@ -112,6 +112,24 @@ def test_convolutions_and_poolings_given_as_classes(tmp_path, hierarchy):
     assert torch.equal(MorphableModel.load(tmp_path)(x), model(x))
 
 
+def test_sizes_of_numpy_are_sizes(tmp_path, hierarchy):
+    sizes = {"channels": np.array([4, 5]), "latent_channels": np.int64(3)}
+    model = MorphableModel.coma(hierarchy, **sizes, conv_kwargs={"K": np.int64(2)})
+    model.save(tmp_path)
+    same = MorphableModel.load(tmp_path)
+    x = inputs(model)
+    assert torch.equal(same(x), model(x))
+    assert same.autoencoder.config == model.autoencoder.config
+    linear, modal = (
+        make(hierarchy, np.int8(3)) for make in (MorphableModel.pca, MorphableModel.modal)
+    )
+    assert linear.latent_channels == modal.latent_channels == 3
+    for make in (MorphableModel.coma, MorphableModel.modal, MorphableModel.pca):
+        for size in (3.0, True, "3"):
+            with pytest.raises(TypeError, match="integer 'latent_channels' .got"):
+                make(hierarchy, size)
+
+
 def test_pca_and_a_network_of_your_own(tmp_path):
     vertices, faces = blob(1, seed=0)
     x = torch.from_numpy(vertices).float() + 0.1 * torch.randn(30, len(vertices), 3)

@@ -10,10 +10,10 @@ import torch
 
 pl = pytest.importorskip("pytorch_lightning")
 
-from pyg_attnpool.datasets import MeshDataset  # noqa: E402
+from pyg_attnpool.datasets import AnnyHands, MeshDataset  # noqa: E402
 from pyg_attnpool.mesh import MeshHierarchy  # noqa: E402
 from pyg_attnpool.models import MorphableModel  # noqa: E402
-from pyg_attnpool.training import epochs_for  # noqa: E402
+from pyg_attnpool.training import MeshData, MeshTraining, epochs_for  # noqa: E402
 from tests.mesh.meshes import icosphere  # noqa: E402
 from tests.training.test_fit import meshes, model  # noqa: E402
 
@@ -216,6 +216,34 @@ def test_a_bad_argument_leaves_model_and_folder_as_they_were(trained, hierarchy,
     assert all(torch.equal(after[key], value) for key, value in state.items())
     assert untouched.training and untouched.summary == {"epochs": 7}
     assert files(folder) == before
+
+
+def test_more_latent_channels_than_meshes_leave_no_folder(tmp_path, hierarchy):
+    bent = MorphableModel.modal(hierarchy, 20, modes=2)
+    with pytest.raises(ValueError, match="at most 19 latent channels, .*got 20"):
+        bent.fit(X, VAL, output=tmp_path / "run", epochs=1, accelerator="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("seed, error", [(-1, ValueError), (2**64, ValueError), (0.5, TypeError)])
+def test_a_seed_is_refused_wherever_it_is_taken(hierarchy, seed, error):
+    for take in (
+        lambda: MeshData(X, VAL, seed=seed),
+        lambda: MeshTraining(model(hierarchy), seed=seed),
+        lambda: AnnyHands("unused", seed=seed),
+    ):
+        with pytest.raises(error, match="'seed'"):
+            take()
+
+
+def test_integers_of_numpy_are_integers(hierarchy):
+    counts = dict(epochs=np.int64(1), batch_size=np.int32(8), seed=np.uint8(3))
+    fitted, same = (
+        model(hierarchy).fit(X, VAL, accelerator="cpu", enable_progress_bar=False, **kwargs)
+        for kwargs in (counts, {name: int(number) for name, number in counts.items()})
+    )
+    assert fitted.summary["seed"] == 3 and type(fitted.summary["seed"]) is int
+    assert torch.equal(fitted.encode(X), same.encode(X))
 
 
 def test_a_network_without_parameters_is_not_trained(hierarchy):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.datasets.anny.detail import DETAIL_GENERATOR, Detail
 from pyg_attnpool.datasets.cache import Source, stored
 from pyg_attnpool.datasets.mesh_dataset import MeshDataset
@@ -49,12 +50,8 @@ class AnnyMeshes(MeshDataset):
         transform: Callable | None = None,
         detail: bool | Detail = False,
     ):
-        for name, number in size.items():
-            if number < 1 or seed < 0:
-                raise ValueError(
-                    f"Expected positive '{name}' and a 'seed' of at least 0 "
-                    f"(got {number} and {seed})"
-                )
+        size = {name: as_integer(name, number, least=1) for name, number in size.items()}
+        seed = as_integer("seed", seed, least=0)
         if not isinstance(detail, bool | Detail):
             raise TypeError(f"Expected 'detail' as a flag or a Detail (got {detail!r})")
         settings: dict[str, int | str] = {"generator": self.generator, **size, "seed": seed}

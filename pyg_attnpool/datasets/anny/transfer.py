@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyg_attnpool.arguments import as_integer
 from pyg_attnpool.datasets.anny.bodies import MOTIONS, _Bodies
 from pyg_attnpool.datasets.anny.faces import EXPRESSIONS, _Faces
 
@@ -43,10 +44,12 @@ def transferred(
 
     Raises:
         ImportError: If :obj:`anny` is not installed.
-        ValueError: If the data set or an expression is unknown.
+        ValueError: If the data set or an expression is unknown, :obj:`frames` is not positive or
+            :obj:`seed` negative.
     """
     if data not in SOURCES:
         raise ValueError(f"Expected 'data' to be one of {list(SOURCES)} (got {data!r})")
+    frames, seed = as_integer("frames", frames, least=1), as_integer("seed", seed, least=0)
     make, expressions = SOURCES[data]
     transfers, names = list(transfers), list(expressions)
     unknown = [name for _, _, name in transfers if name not in names]

@@ -214,8 +214,8 @@ def test_whole_sequences_are_held_out(bodies):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"positive 'frames'.*got 0 and 0"):
+    with pytest.raises(ValueError, match="positive 'frames' .got 0"):
         AnnyBodies(tmp_path, frames=0)
-    with pytest.raises(ValueError, match=r"at least 0.*got 20 and -1"):
+    with pytest.raises(ValueError, match="non-negative 'seed' .got -1"):
         AnnyBodies(tmp_path, seed=-1)
     assert list(tmp_path.iterdir()) == []

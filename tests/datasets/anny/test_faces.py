@@ -289,9 +289,9 @@ def test_nothing_is_left_of_a_build_that_fails(monkeypatch, tmp_path):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"positive 'frames'.*got 0 and 0"):
+    with pytest.raises(ValueError, match="positive 'frames' .got 0"):
         AnnyFaces(tmp_path, frames=0)
-    with pytest.raises(ValueError, match=r"at least 0.*got 20 and -1"):
+    with pytest.raises(ValueError, match="non-negative 'seed' .got -1"):
         AnnyFaces(tmp_path, seed=-1)
     assert list(tmp_path.iterdir()) == []
 

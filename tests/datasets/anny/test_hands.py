@@ -161,8 +161,8 @@ def test_hands_that_bend_are_aligned(hands):
 
 
 def test_bad_arguments(tmp_path):
-    with pytest.raises(ValueError, match=r"positive 'meshes'.*got 0 and 0"):
+    with pytest.raises(ValueError, match="positive 'meshes' .got 0"):
         AnnyHands(tmp_path, meshes=0)
-    with pytest.raises(ValueError, match=r"at least 0.*got 3000 and -1"):
+    with pytest.raises(ValueError, match="non-negative 'seed' .got -1"):
         AnnyHands(tmp_path, seed=-1)
     assert list(tmp_path.iterdir()) == []
