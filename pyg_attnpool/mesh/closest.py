@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from pyg_attnpool.ops._cpu import AVAILABLE, call
+from pyg_attnpool.ops.closest import available, near_faces
 
 CHUNK = 1 << 14  # points searched at a time
 PAIRS = 1 << 17  # of a point and a face, measured at a time
@@ -74,7 +74,7 @@ def closest_points(
     corners = vertices[faces]
     face = np.empty(len(points), dtype=np.int64)
     weight, distance = np.empty((len(points), 3)), np.empty(len(points))
-    for rows, at, hit in (_by_tree if AVAILABLE else _by_centres)(points, vertices, faces):
+    for rows, at, hit in (_by_tree if available() else _by_centres)(points, vertices, faces):
         found, square = closest_on_triangles(points[at], *corners[hit].swapaxes(0, 1))
         order = np.lexsort((hit, square, at))
         best = order[np.searchsorted(at[order], rows)]
@@ -88,19 +88,14 @@ Candidates = Iterator[tuple[ndarray, ndarray, ndarray]]
 def _by_tree(points: ndarray, vertices: ndarray, faces: ndarray) -> Candidates:
     # Points, and pairs of these with the faces that may be closest. A compiled tree of boxes finds
     # those which are, up to rounding.
-    room = max(len(faces), PAIRS)
-    row, face = (torch.empty(room, dtype=torch.long) for _ in range(2))
     every, x, triangles = (
         torch.from_numpy(np.ascontiguousarray(array))
         for array in (points, vertices, faces.astype(np.int64))
     )
-    found, start = torch.empty(2, dtype=torch.long), 0
+    start = 0
     while start < len(points):
-        sizes = len(points) - start, len(x), len(triangles), room
-        call("near_faces", *sizes, every[start:], x, triangles, row, face, found)
-        done, pairs = found.tolist()
-        at = start + row[:pairs].numpy()
-        yield np.arange(start, start + done), at, face[:pairs].numpy()
+        done, at, hit = near_faces(every[start:], x, triangles, max(len(faces), PAIRS))
+        yield np.arange(start, start + done), start + at.numpy(), hit.numpy()
         start += done
 
 

@@ -21,9 +21,9 @@ MESHES = {
 
 @pytest.fixture(params=[True, False], ids=["compiled", "numpy"])
 def way(request, monkeypatch):
-    if request.param and not closest.AVAILABLE:
+    if request.param and not closest.available():
         pytest.skip("no compiled library")
-    monkeypatch.setattr(closest, "AVAILABLE", request.param)
+    monkeypatch.setattr(closest, "available", lambda: request.param)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -65,8 +65,8 @@ def test_both_ways_choose_the_same_faces(monkeypatch, spread):
     points = np.concatenate([vertices, vertices[faces[:, :2]].mean(axis=1)])
     points += spread * rng.normal(size=points.shape)
     found = []
-    for compiled in (closest.AVAILABLE, False):
-        monkeypatch.setattr(closest, "AVAILABLE", compiled)
+    for compiled in (closest.available(), False):
+        monkeypatch.setattr(closest, "available", lambda compiled=compiled: compiled)
         found.append(closest.closest_points(points, vertices, faces))
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b)
