@@ -27,7 +27,7 @@ from pyg_attnpool.files import replacing
 from pyg_attnpool.nn import AttentionPool
 from pyg_attnpool.training import quiet_lightning
 
-ABOUT = "not in the paper: error, w_a and latent dimensions alive by epoch, as far as trained"
+ABOUT = "not in the paper: error, w_a and latent dimensions alive, epoch by epoch"
 CURVES = Experiment("curves", "Learning curves", ABOUT, {}, rows="model")
 
 # The models of figure 10, by names such as "QEM, spectral"; PCA is one of them.

@@ -37,7 +37,7 @@ QUICK = ("table1",)
 
 def test_every_table_is_tested():
     assert list(RUNS) == [e.name for e in EXPERIMENTS]
-    assert list(COMMANDS) == [*RUNS, *PICTURES, "sharpening"]
+    assert list(COMMANDS) == [*RUNS, *PICTURES, "curves", "sharpening"]
 
 
 @pytest.mark.parametrize(
