@@ -159,13 +159,16 @@ def _stitched(vertices: ndarray, faces: ndarray, merge: float) -> ndarray:
     # The faces, whose vertices are one where they are one at a seam.
     from scipy.spatial import cKDTree
 
+    # What is at one place exactly comes first: its pairs would be as many as their square. What is
+    # nowhere is at a place of its own.
     finite = np.isfinite(vertices).all(axis=1)
-    if merge == 0:
-        _, place = np.unique(np.nan_to_num(vertices) + 0.0, axis=0, return_inverse=True)
-        place = place.reshape(-1)
-    else:
-        near = cKDTree(vertices[finite]).query_pairs(merge, output_type="ndarray")
-        place = components(np.flatnonzero(finite)[near], len(vertices))
+    places, found = np.unique(vertices[finite] + 0.0, axis=0, return_inverse=True)
+    found = found.reshape(-1)
+    if merge > 0:
+        near = cKDTree(places).query_pairs(merge, output_type="ndarray")
+        found = components(near, len(places))[found]
+    place = len(places) + np.cumsum(~finite) - 1
+    place[finite] = found
     # Half-edges by the places that they connect: at a seam there are two, of other vertices.
     edge = np.stack([faces.ravel(), np.roll(faces, -1, axis=1).ravel()], axis=1)
     edge = edge[place[edge[:, 0]] != place[edge[:, 1]]]

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -194,6 +196,21 @@ def test_seams_are_stitched_within_a_distance_or_not_at_all():
     mesh = repair(moved, faces, merge=1e-5)
     assert topology(mesh.faces) == (1, 2, 0) and len(mesh.vertices) == 42
     assert len(repair(vertices, faces, merge=None).vertices) == len(vertices)
+
+
+def test_vertices_at_one_place_take_little_memory():
+    # Every triangle has corners of its own, as in an STL file, and many meet at the apex.
+    n = 3000
+    angle = np.arange(n) * 2 * np.pi / n
+    ring = np.stack([np.cos(angle), np.sin(angle), np.zeros(n)], axis=1)
+    apex = np.tile([[0.0, 0.0, 1.0]], (n, 1))
+    vertices = np.stack([apex, ring, np.roll(ring, -1, axis=0)], axis=1).reshape(-1, 3)
+    tracemalloc.start()
+    mesh = repair(vertices, np.arange(3 * n).reshape(-1, 3), merge=1e-6)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(mesh.vertices) == n + 1 and len(mesh.faces) == n
+    assert peak < 30e6  # all pairs at the apex alone would take 16 times 4.5 million bytes
 
 
 def test_errors():
