@@ -46,7 +46,7 @@ def write_table(path: Path, rows: Rows, costs: Costs) -> str:
         "",
         f"{os.cpu_count()} cores that other work shared, {torch.get_num_threads()} thread a run, "
         f"{about}. Mean ± standard error over seeds; errors are of test meshes. Times are by "
-        f"`python -m benchmarks.peers.costs`, one thread.",
+        f"`python -m benchmarks.peers.costs`, one thread, with all meshes of a set.",
         "",
         "![Peers](peers.png)",
         "",
