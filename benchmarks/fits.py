@@ -15,6 +15,7 @@ one begins. A call into the same folder goes on where the last one ended, and wr
 :obj:`fits.md` of all that is there of the same sizes.
 """
 
+import statistics
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -270,10 +271,11 @@ def written(rows: list[dict[str, str]], options: Options, several: bool) -> str:
                 if not of_cell:
                     line[name] = None
                     continue
-                error = np.array([float(r["mean"]) for r in of_cell])
-                line[name] = f"{error.mean():.3f}"
-                if len(error) > 1:
-                    line[name] += f" ± {error.std(ddof=1) / len(error) ** 0.5:.3f}"
+                means = [float(r["mean"]) for r in of_cell]
+                line[name] = f"{statistics.mean(means):.3f}"
+                error = report.standard_error(means)
+                if error is not None:
+                    line[name] += f" ± {error:.3f}"
                 converged, fits = (sum(int(r[k]) for r in of_cell) for k in ("converged", "fits"))
                 if converged < fits:
                     line[name] += f" ({converged} of {fits} converged)"

@@ -9,13 +9,13 @@ next one begins. A call into the same folder goes on where the last one ended, a
 :obj:`generative.md` of all that is there of the same sizes.
 """
 
+import statistics
 import warnings
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import tyro
 from torch import Tensor
@@ -163,13 +163,11 @@ def written(rows: list[dict[str, str]], options: Options) -> str:
 
 
 def _cell(cells: list[str]) -> str | None:
-    values = np.array([float(cell) for cell in cells if cell])
-    if len(values) == 0:
+    values = [float(cell) for cell in cells if cell]
+    if not values:
         return None
-    text = f"{values.mean():.3g}"
-    if len(values) > 1:
-        text += f" ± {values.std(ddof=1) / len(values) ** 0.5:.2g}"
-    return text
+    error = report.standard_error(values)
+    return f"{statistics.mean(values):.3g}" + ("" if error is None else f" ± {error:.2g}")
 
 
 if __name__ == "__main__":

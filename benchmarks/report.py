@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import statistics
 import sys
 from collections.abc import Sequence
 from importlib import metadata
@@ -83,6 +84,11 @@ def write(
 
 def _line(*rows: Sequence[str]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    r"""That of the mean over seeds; of one seed it is not known."""
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
 
 
 def cell(value: Any) -> str:

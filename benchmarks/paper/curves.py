@@ -21,7 +21,7 @@ from benchmarks.paper.options import Options
 from benchmarks.paper.registry import EXPERIMENTS
 from benchmarks.paper.run import Run, fitted
 from benchmarks.paper.sweep import REPORTED_ON, settings_of
-from benchmarks.peers.rows import append_row, read_rows, rounded
+from benchmarks.peers.rows import append_row, read_rows, rounded, write_rows
 from pyg_attnpool import MorphableModel
 from pyg_attnpool.files import replacing
 from pyg_attnpool.nn import AttentionPool
@@ -71,10 +71,9 @@ class Record(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         rows = read_rows(self.path, COLUMNS)
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            if int(row["epoch"]) <= trainer.current_epoch:
-                append_row(self.path, COLUMNS, row)
+        made = [row for row in rows if int(row["epoch"]) <= trainer.current_epoch]
+        if len(made) < len(rows):
+            write_rows(self.path, COLUMNS, made)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         val = trainer.callback_metrics["val_mm"].item()

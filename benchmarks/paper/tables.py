@@ -44,8 +44,7 @@ class Cell:
 
     def error(self, statistic: str = "mean") -> float | None:
         r"""The standard error of the mean over seeds; of one seed it is not known."""
-        values = self.values(statistic)
-        return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+        return report.standard_error(self.values(statistic))
 
     @property
     def steps(self) -> int:

@@ -122,7 +122,7 @@ def train_peer(
         lr=lr,
         loss=distance_loss if peer.millimetres and not own else None,
         seed=seed,
-        check_val_every_n_epoch=1 if epochs < 2 * VALIDATIONS else epochs // VALIDATIONS,
+        check_val_every_n_epoch=max(1, epochs // VALIDATIONS),
         accelerator="cpu",
         enable_progress_bar=False,
         logger=False,

@@ -25,7 +25,11 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[dict[str, str]]:
 
 def append_row(path: Path, columns: Sequence[str], row: dict[str, Any]) -> None:
     r"""Writes the whole file anew: a torn line of a crash goes with it."""
-    rows = [*read_rows(path, columns), row]
+    write_rows(path, columns, [*read_rows(path, columns), row])
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, Any]]) -> None:
+    r"""Writes the file of these lines, in one piece."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")

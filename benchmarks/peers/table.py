@@ -14,6 +14,7 @@ from matplotlib.ticker import LogLocator
 
 from benchmarks.peers.costs import seconds_of
 from benchmarks.peers.data import measured_on
+from benchmarks.report import standard_error
 from pyg_attnpool.files import replacing
 
 Rows = list[dict[str, str]]
@@ -149,6 +150,7 @@ def _cell(name: str, values: list[float]) -> str:
         return f"{mean:g}" if mean else ""
     digits = 2 + (mean < 10) + (mean < 0.1)
     text = f"{mean:.{digits}f}"
-    if name == "mean" and len(values) > 1:
-        text += f" ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+    error = standard_error(values)
+    if name == "mean" and error is not None:
+        text += f" ± {error:.{digits}f}"
     return text

@@ -97,9 +97,9 @@ def fit_scan(
     explained = bool(np.median(distance) < 5 * noise)
     rotation, translation, scale = (x[0] for x in best.state.motion.to(mesh))
     residuals = torch.from_numpy(1000 * distance).to(mesh)
-    converged = best.converged and explained and bool(likely(best.state.w))
-    ended = torch.tensor(converged, device=mesh.device)
-    return Fit(mesh[0], code[0], rotation, translation, scale, residuals, ended)
+    reached = best.converged and explained and bool(likely(best.state.w))
+    converged = torch.tensor(reached, device=mesh.device)
+    return Fit(mesh[0], code[0], rotation, translation, scale, residuals, converged)
 
 
 class _Descent:

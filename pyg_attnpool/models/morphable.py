@@ -363,9 +363,8 @@ class MorphableModel(IndexedModule):
         return self.decode(self.encode(x))
 
     def _checked(self, name: str, x: Any, shape: torch.Size) -> Tensor:
-        if not isinstance(x, Tensor):
-            x = as_floats(name, x).to(self.mean.device)
-        x = as_floats(name, x)
+        device = x.device if isinstance(x, Tensor) else self.mean.device
+        x = as_floats(name, x).to(device)
         if x.dim() != len(shape) + 1 or x.shape[1:] != shape:
             raise ValueError(f"Expected {name} of shape {['B', *shape]} (got {list(x.shape)})")
         return x.to(self.mean.dtype)
