@@ -15,7 +15,6 @@ one begins. A call into the same folder goes on where the last one ended, and wr
 :obj:`fits.md` of all that is there of the same sizes.
 """
 
-import statistics
 import time
 from dataclasses import dataclass
 from itertools import product
@@ -272,7 +271,7 @@ def written(rows: list[dict[str, str]], options: Options, several: bool) -> str:
                     line[name] = None
                     continue
                 means = [float(r["mean"]) for r in of_cell]
-                line[name] = f"{statistics.mean(means):.3f}"
+                line[name] = f"{np.mean(means):.3f}"
                 error = report.standard_error(means)
                 if error is not None:
                     line[name] += f" ± {error:.3f}"
